@@ -1,0 +1,43 @@
+"""Supervised fine-tuning on the references: the baseline, on the same state, data, programs and checkpoints as GRPO."""
+
+import time
+
+import jax
+import numpy as np
+
+from jgrpo.config import SFTConfig
+from jgrpo.setup import Run, finish_run, finish_step, start_run
+from jgrpo.steps import Targets, place, sft_objective
+
+
+def train_sft(config: SFTConfig) -> Run:
+    """Train as configured, from the start or from the run directory's last checkpoint; return the finished run."""
+    run = start_run(config, sft_objective(), updates=config.num_steps, references=True)
+    policy, programs, timer = run.policy, run.programs, run.timer
+
+    stream = run.data.stream(seed=config.seed, start_step=run.step)
+    while run.step < config.num_steps:
+        started = time.perf_counter()
+        with timer("data"):
+            prompts = next(stream)
+            batch = place(prompts.batch, policy.mesh)
+            targets = place(reference_targets(prompts.reference_tokens, prompts.reference_mask), policy.mesh)
+        with timer("encode"):
+            encoded = jax.block_until_ready(programs.encode(run.state.params, policy.frozen, batch))
+        with timer("update"):
+            run.state, metrics = programs.update(run.state, policy.frozen, batch, encoded, targets)
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+        del metrics["logp_drift"], metrics["logp_drift_max"]  # nothing was sampled, so there is nothing to drift from
+        seconds, tokens = time.perf_counter() - started, int(prompts.reference_mask.sum())
+        metrics |= {"num_tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
+        metrics["completions/mean_length"] = float(prompts.reference_mask.sum(-1).mean())
+        finish_step(run, metrics, {"loss": metrics["loss"], "tokens/s": metrics["tokens_per_second"]})
+    finish_run(run)
+    return run
+
+
+def reference_targets(tokens: np.ndarray, mask: np.ndarray) -> Targets:
+    """Return references [P, 1, T] as targets of supervised learning."""
+    zeros = np.zeros(tokens.shape, np.float32)
+    return Targets(tokens=tokens, mask=mask, old_logp=zeros, ref_logp=None, advantage=np.ones(tokens.shape[:2], np.float32))

@@ -1,0 +1,178 @@
+"""The Granite decoder, run in three ways by one layer: prefill of prompts, one decoding step, completions over a prefix.
+
+A prompt's keys and values exist once, however many completions follow it. Source: transformers GraniteModel.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from model_port.config import DecoderConfig, LoraConfig
+from model_port.layers import Embedding, Linear, RMSNorm, attend, rotary, rotary_tables, scan_layers
+from model_port.partition import constrain
+
+KeysValues = tuple[Float[Array, "n P L K h"], Float[Array, "n P L K h"]]  # of all n layers
+Cache = tuple[Float[Array, "n P G T K h"], Float[Array, "n P G T K h"]]
+
+
+class SelfAttention(nnx.Module):
+    """The four projections of an attention block."""
+
+    def __init__(self, config: DecoderConfig, linear: Callable):
+        query, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = linear("q_proj", config.hidden_size, query, axes=("embed", "heads"))
+        self.k_proj = linear("k_proj", config.hidden_size, keys, axes=("embed", "kv_heads"))
+        self.v_proj = linear("v_proj", config.hidden_size, keys, axes=("embed", "kv_heads"))
+        self.o_proj = linear("o_proj", query, config.hidden_size, axes=("heads", "embed"))
+        self.head_dim = config.head_dim
+
+    def qkv(self, x: Float[Array, "P N D"], cos_sin, use_lora: bool):
+        """Return rotated queries [P, N, H, h], rotated keys and values [P, N, K, h]."""
+        q, k, v = (
+            proj(x, use_lora).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotary(q, cos_sin), rotary(k, cos_sin), v
+
+
+class MLP(nnx.Module):
+    """Gated SiLU feed-forward."""
+
+    def __init__(self, config: DecoderConfig, linear: Callable):
+        self.gate_proj = linear("gate_proj", config.hidden_size, config.intermediate_size, axes=("embed", "mlp"))
+        self.up_proj = linear("up_proj", config.hidden_size, config.intermediate_size, axes=("embed", "mlp"))
+        self.down_proj = linear("down_proj", config.intermediate_size, config.hidden_size, axes=("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "P N D"], use_lora: bool) -> Float[Array, "P N D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x, use_lora)) * self.up_proj(x, use_lora), use_lora)
+
+
+class Layer(nnx.Module):
+    """One decoder layer; how its queries attend is the caller's."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, *, rngs, stack, dtype):
+        kw = {"rngs": rngs, "stack": stack, "dtype": dtype}
+
+        def linear(name, in_size, out_size, *, axes):
+            adapter = lora if lora and name in lora.target_modules else None
+            return Linear(in_size, out_size, axes=axes, bias=False, lora=adapter, **kw)
+
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kw)
+        self.self_attn = SelfAttention(config, linear)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kw)
+        self.mlp = MLP(config, linear)
+        self.residual_multiplier = config.residual_multiplier
+
+    def __call__(self, x: Float[Array, "P N D"], cos_sin, look: Callable, use_lora: bool):
+        """Return the new stream and what `look(q, k, v) -> ([P, N, H, h], extra)` hands out besides."""
+        residual = jnp.asarray(self.residual_multiplier, x.dtype)
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos_sin, use_lora)
+        out, extra = look(q, k, v)
+        x = x + residual * self.self_attn.o_proj(out.reshape(*x.shape[:2], -1), use_lora)
+        return constrain(x + residual * self.mlp(self.post_attention_layernorm(x), use_lora)), extra
+
+
+class Decoder(nnx.Module):
+    """Token and audio embeddings to final hidden states. Streams are [P, N, D] with the embedding multiplier applied."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, *, rngs, dtype=jnp.float32):
+        kw = {"rngs": rngs, "dtype": dtype}
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, axes=("vocab", "embed"), **kw)
+        self.layers = Layer(config, lora, stack=(config.num_hidden_layers,), **kw)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kw)
+
+    def prefill(
+        self, x: Float[Array, "P L D"], mask: Bool[Array, "P L"], *, use_lora: bool = True, remat: str = "none"
+    ) -> tuple[Float[Array, "P L D"], KeysValues]:
+        """Run left-aligned prompts; return hidden states and all layers' keys and values."""
+
+        def look(q, k, v):
+            return self._prompt_attention(q, k, v, mask), (k, v)
+
+        tables = self._tables(jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2]))
+        x, prefix = scan_layers(
+            self.layers, lambda layer, x, _: layer(x, tables, look, use_lora), constrain(x), None, remat=remat
+        )
+        return self.norm(x), prefix
+
+    def step(
+        self, x: Float[Array, "P G D"], prefix: KeysValues, prefix_mask: Bool[Array, "P L"], cache: Cache, t, *, use_lora
+    ) -> tuple[Float[Array, "P G D"], Cache]:
+        """Run the t-th completion token of all samples; return hidden states and the cache with slot t written."""
+        samples, slots = x.shape[1], cache[0].shape[3]
+        visible = (jnp.arange(slots) <= t)[None, None, None, :]
+        tables = self._tables(jnp.broadcast_to(prefix_mask.sum(-1, dtype=jnp.int32)[:, None] + t, (x.shape[0], samples)))
+
+        def body(layer, carry, xs):
+            x, cache = carry
+            index, own_prefix = xs
+
+            def look(q, k, v):
+                new = tuple(
+                    jax.lax.dynamic_update_slice(store, item[None, :, :, None], (index, 0, 0, t, 0, 0))
+                    for store, item in zip(cache, (k, v), strict=True)
+                )
+                own = tuple(jax.lax.dynamic_index_in_dim(store, index, keepdims=False) for store in new)
+                out = self._attend(q[:, :, None], own, visible, own_prefix, prefix_mask)
+                return out[:, :, 0], new
+
+            x, cache = layer(x, tables, look, use_lora)
+            return (x, cache), None
+
+        layers = jnp.arange(self.config.num_hidden_layers)
+        (x, cache), _ = scan_layers(self.layers, body, (x, cache), (layers, prefix))
+        return self.norm(x), cache
+
+    def complete(
+        self,
+        x: Float[Array, "P L D"],
+        mask: Bool[Array, "P L"],
+        completions: Float[Array, "P G T D"],
+        *,
+        use_lora: bool = True,
+        remat: str = "none",
+    ) -> tuple[Float[Array, "P L D"], Float[Array, "P G T D"]]:
+        """Run prompts and their completions together; the prompt costs L tokens per group, not G * L.
+
+        Both parts travel as one stream of L + G * T tokens through the projections; only attention tells them apart.
+        """
+        (p, length, _), (_, g, t, _) = x.shape, completions.shape
+        causal = jnp.tril(jnp.ones((t, t), bool))[None, None]
+        positions = mask.sum(-1, dtype=jnp.int32)[:, None, None] + jnp.arange(t)[None, None, :]
+        positions = jnp.broadcast_to(positions, (p, g, t)).reshape(p, g * t)
+        prompt_positions = jnp.broadcast_to(jnp.arange(length)[None], (p, length))
+        tables = self._tables(jnp.concatenate([prompt_positions, positions], axis=1))
+
+        def look(q, k, v):
+            prompt = [part[:, :length] for part in (q, k, v)]
+            own = [part[:, length:].reshape(p, g, t, *part.shape[2:]) for part in (q, k, v)]
+            out = self._attend(own[0], (own[1], own[2]), causal, (prompt[1], prompt[2]), mask)
+            out = out.reshape(p, g * t, *out.shape[3:])
+            return jnp.concatenate([self._prompt_attention(*prompt, mask), out], axis=1), None
+
+        stream = constrain(jnp.concatenate([x, completions.reshape(p, g * t, -1)], axis=1))
+        stream, _ = scan_layers(
+            self.layers, lambda layer, x, _: layer(x, tables, look, use_lora), stream, None, remat=remat
+        )
+        stream = self.norm(stream)
+        return stream[:, :length], stream[:, length:].reshape(p, g, t, -1)
+
+    def empty_cache(self, num_prompts: int, num_samples: int, num_tokens: int, dtype) -> Cache:
+        """Return zeroed keys and values for the completions of all layers."""
+        config = self.config
+        shape = (config.num_hidden_layers, num_prompts, num_samples, num_tokens, config.num_key_value_heads, config.head_dim)
+        return tuple(constrain(jnp.zeros(shape, dtype), axis=1) for _ in range(2))
+
+    def _attend(self, q, own, own_mask, prefix=None, prefix_mask=None):
+        return attend(q, own, own_mask, prefix, prefix_mask, scale=self.config.attention_multiplier)
+
+    def _prompt_attention(self, q, k, v, mask):
+        causal = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))[None, None]
+        own_mask = causal & mask[:, None, None, :]
+        return self._attend(q[:, None], (k[:, None], v[:, None]), own_mask)[:, 0]
+
+    def _tables(self, positions: Int[Array, "P N"]):
+        return rotary_tables(positions, theta=self.config.rope_theta, head_dim=self.config.head_dim)

@@ -1,0 +1,118 @@
+"""Sampling completions: the prompt is encoded and prefilled once, then G samples decode over its keys and values."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from model_port.batch import Batch, Completions
+from model_port.errors import UserError
+from model_port.model import GraniteSpeech, has_audio, last_hidden
+from model_port.sampling import row_keys, sample
+
+
+def generate(
+    model: GraniteSpeech,
+    batch: Batch,
+    *,
+    key: Array | None = None,
+    num_samples: int = 1,
+    max_new_tokens: int = 200,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Completions:
+    """Sample `num_samples` completions of at most `max_new_tokens` tokens for every prompt.
+
+    Args:
+        key: a typed PRNG key (`jax.random.key`). Greedy decoding needs none.
+        temperature: 0 decodes greedily.
+        top_p: sample from the smallest set of tokens that holds this probability mass.
+
+    Raises:
+        UserError: a number out of range, or sampling without a key.
+    """
+    check_sampling(num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    if key is None:
+        if temperature > 0:
+            raise UserError("sampling needs a key: pass key=jax.random.key(seed), or temperature=0 for greedy decoding")
+        key = jax.random.key(0)
+    keys = row_keys(key, num_prompts=batch.tokens.shape[0], num_samples=num_samples)
+    options = {"num_tokens": max_new_tokens, "temperature": float(temperature), "top_p": float(top_p)}
+    return _generate(*nnx.split(model), batch, keys, **options)
+
+
+def check_sampling(*, num_samples: int, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise UserError for a sampling option out of range."""
+    for name, value, wrong, allowed in (
+        ("num_samples", num_samples, num_samples < 1, "at least 1"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens < 1, "at least 1"),
+        ("temperature", temperature, not 0 <= temperature < float("inf"), "0 (greedy) or a positive number"),
+        ("top_p", top_p, not 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if wrong:
+            raise UserError(f"{name} must be {allowed}, got {value}")
+
+
+def sample_completions(
+    model: GraniteSpeech,
+    batch: Batch,
+    encoded: Float[Array, "P C A X"],
+    keys: Key[Array, "P G"],
+    *,
+    num_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> Completions:
+    """Prefill every prompt once and decode until all samples have ended or T tokens stand. Traceable.
+
+    Draw t of a row uses fold_in(its key, t): it depends on neither the batch, the mesh nor the other samples.
+    """
+    use_lora = has_audio(batch)
+    hidden, prefix = model.decoder.prefill(model.embed_prompts(batch, encoded), batch.mask, use_lora=use_lora)
+    first = model.policy_logits(last_hidden(hidden, batch.mask))[:, None]
+    num_prompts, num_samples = keys.shape
+    eos = jnp.asarray(model.config.eos_token_ids, jnp.int32)
+    pad = jnp.int32(model.config.pad_token_id)
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+
+    def draw(logits, t):
+        return sample(fold(keys, t), logits, temperature=temperature, top_p=top_p)
+
+    def write(out: Completions, t, token, logp, running):
+        parts = {"tokens": jnp.where(running, token, pad), "mask": running, "logp": jnp.where(running, logp, 0.0)}
+        put = {
+            name: jax.lax.dynamic_update_slice_in_dim(getattr(out, name), part[:, :, None], t, axis=2)
+            for name, part in parts.items()
+        }
+        running = running & (token[:, :, None] != eos[None, None, :]).all(-1)
+        return Completions(**put), parts["tokens"], running
+
+    def keep_going(state):
+        t, _, running, _, _ = state
+        return (t < num_tokens) & running.any()
+
+    def decode(state):
+        t, token, running, cache, out = state
+        x = model.embed_completions(token)
+        hidden, cache = model.decoder.step(x, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
+        token, logp = draw(model.policy_logits(hidden), t)
+        out, token, running = write(out, t, token, logp, running)
+        return t + 1, token, running, cache, out
+
+    shape = (num_prompts, num_samples, num_tokens)
+    out = Completions(tokens=jnp.full(shape, pad), mask=jnp.zeros(shape, bool), logp=jnp.zeros(shape, jnp.float32))
+    token, logp = draw(jnp.broadcast_to(first, (num_prompts, num_samples, first.shape[-1])), 0)
+    out, token, running = write(out, 0, token, logp, jnp.ones((num_prompts, num_samples), bool))
+    cache = model.decoder.empty_cache(num_prompts, num_samples, max(num_tokens - 1, 1), model.dtype)
+    return jax.lax.while_loop(keep_going, decode, (jnp.int32(1), token, running, cache, out))[-1]
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "temperature", "top_p"))
+def _generate(graph, state, batch, keys, *, num_tokens, temperature, top_p):
+    model = nnx.merge(graph, state)
+    encoded = model.encode(batch.features, batch.lengths)
+    return sample_completions(
+        model, batch, encoded, keys, num_tokens=num_tokens, temperature=temperature, top_p=top_p
+    )

@@ -1,0 +1,186 @@
+"""The small parts every room of the model is built from: linear, norms, rotary positions, attention.
+
+Every module takes `stack`, a tuple of leading sizes for its parameters: `(n,)` makes n layers at once, to be scanned
+(`scan_layers`). Each parameter carries its logical axes in the metadata `axes`; model_port.partition maps them to a mesh.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+INIT_STDDEV = 0.02  # transformers PreTrainedModel.initializer_range
+MASKED = -1e30  # a finite stand-in for -inf: a row with every key masked stays finite, in value and in gradient
+
+
+def parameter(shape: tuple[int, ...], axes: tuple, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype, init: str) -> nnx.Param:
+    """Create a parameter of shape `stack + shape`; `init` is normal, zeros or ones."""
+    full = stack + shape
+    if init == "normal":
+        value = INIT_STDDEV * jax.random.normal(rngs.params(), full, jnp.float32)
+    else:
+        value = jnp.full(full, {"zeros": 0.0, "ones": 1.0}[init], jnp.float32)
+    return nnx.Param(value.astype(dtype), axes=("layers",) * len(stack) + axes)
+
+
+def align(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Give a per-feature array leading axes of size 1, so that it combines with `x` by rank as well as by value."""
+    return vector.reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
+
+
+class LoRA(nnx.Module):
+    """The low-rank update scaling * (x A) B of a linear layer. Source: PEFT LoraLayer, without dropout."""
+
+    def __init__(self, in_size: int, out_size: int, *, axes, rank: int, scaling: float, rngs, stack=(), dtype=jnp.float32):
+        common = {"rngs": rngs, "stack": stack, "dtype": dtype}
+        self.a = parameter((in_size, rank), (axes[0], None), init="normal", **common)
+        self.b = parameter((rank, out_size), (None, axes[1]), init="zeros", **common)
+        self.scaling = scaling
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        return (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * jnp.asarray(self.scaling, x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with an optional LoRA adapter under `lora`; the kernel is [in, out] or [in, parts, out]."""
+
+    def __init__(self, in_size: int, out_size, *, axes: tuple, rngs, stack=(), dtype=jnp.float32, bias=True, lora=None):
+        out_shape = out_size if isinstance(out_size, tuple) else (out_size,)
+        common = {"rngs": rngs, "stack": stack, "dtype": dtype}
+        self.kernel = parameter((in_size, *out_shape), axes, init="normal", **common)
+        self.bias = parameter(out_shape, axes[1:], init="zeros", **common) if bias else None
+        self.lora = LoRA(in_size, out_size, axes=axes, rank=lora.rank, scaling=lora.scaling, **common) if lora else None
+
+    def __call__(self, x: Float[Array, "*B I"], use_lora: bool = True) -> Float[Array, "..."]:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=1)
+        if self.bias is not None:
+            y = y + align(self.bias[...].astype(x.dtype), y)
+        if self.lora is not None and use_lora:
+            y = y + self.lora(x)
+        return y
+
+
+class Embedding(nnx.Module):
+    """A table of row vectors."""
+
+    def __init__(self, rows: int, width: int, *, axes: tuple, rngs, stack=(), dtype=jnp.float32):
+        self.embedding = parameter((rows, width), axes, rngs=rngs, stack=stack, dtype=dtype, init="normal")
+
+    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        return jnp.take(self.embedding[...], ids, axis=0)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, computed in float32."""
+
+    def __init__(self, width: int, *, eps: float, rngs, stack=(), dtype=jnp.float32):
+        common = {"rngs": rngs, "stack": stack, "dtype": dtype}
+        self.scale = parameter((width,), (None,), init="ones", **common)
+        self.bias = parameter((width,), (None,), init="zeros", **common)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+        return (y * align(scale, y) + align(bias, y)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation; the cast back comes before the scale. Source: transformers GraniteRMSNorm."""
+
+    def __init__(self, width: int, *, eps: float, rngs, stack=(), dtype=jnp.float32):
+        self.scale = parameter((width,), (None,), rngs=rngs, stack=stack, dtype=dtype, init="ones")
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        return align(self.scale[...].astype(x.dtype), x) * y.astype(x.dtype)
+
+
+def rotary(
+    x: Float[Array, "P N H h"], cos_sin: tuple[Float[Array, "P N h"], Float[Array, "P N h"]]
+) -> Float[Array, "P N H h"]:
+    """Rotate the two halves of each head by position. Source: transformers apply_rotary_pos_emb."""
+    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in cos_sin)
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def rotary_tables(positions: Int[Array, "P N"], *, theta: float, head_dim: int):
+    """Return cos and sin [P, N, h] in float32 for the given positions."""
+    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[:, :, None].astype(jnp.float32) * inverse[None, None, :]
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def attend(
+    q: Float[Array, "P G N H h"],
+    own: tuple[Float[Array, "P G S K h"], Float[Array, "P G S K h"]],
+    own_mask: Bool[Array, "#P #G N S"],
+    prefix: tuple[Float[Array, "P L K h"], Float[Array, "P L K h"]] | None = None,
+    prefix_mask: Bool[Array, "P L"] | None = None,
+    *,
+    scale: float,
+) -> Float[Array, "P G N H h"]:
+    """Grouped-query attention of G sequences per prompt over one shared prefix and their own keys.
+
+    The one attention of the decoder: prefill is G = 1 without a prefix, decoding N = 1, scoring and training N = T.
+    The prefix's keys and values are stored and read once per prompt, whatever G; both parts share one softmax,
+    computed in float32.
+
+    Args:
+        own_mask: true where query n may look at own key s.
+        prefix_mask: true where the prefix key is real.
+    """
+    p, g, n, heads, width = q.shape
+    kv_heads = own[0].shape[-2]
+    q = q.reshape(p, g, n, kv_heads, heads // kv_heads, width)
+    f32 = {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("pgnkrh,pgskh->pkrgns", q, own[0], **f32) * scale
+    scores = jnp.where(own_mask[:, None, None], scores, MASKED)
+    peak = scores.max(-1, keepdims=True)
+    if prefix is not None:
+        prefix_scores = jnp.einsum("pgnkrh,plkh->pkrgnl", q, prefix[0], **f32) * scale
+        prefix_scores = jnp.where(prefix_mask[:, None, None, None, None, :], prefix_scores, MASKED)
+        peak = jnp.maximum(peak, prefix_scores.max(-1, keepdims=True))
+    peak = jax.lax.stop_gradient(peak)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1, keepdims=True)
+    if prefix is not None:
+        prefix_weights = jnp.exp(prefix_scores - peak)
+        total = total + prefix_weights.sum(-1, keepdims=True)
+    out = jnp.einsum("pkrgns,pgskh->pgnkrh", (weights / total).astype(q.dtype), own[1], **f32)
+    if prefix is not None:
+        out = out + jnp.einsum("pkrgnl,plkh->pgnkrh", (prefix_weights / total).astype(q.dtype), prefix[1], **f32)
+    return out.astype(q.dtype).reshape(p, g, n, heads, width)
+
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def scan_layers(stacked: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry, xs, *, remat: str = "none"):
+    """Run `body(layer, carry, x) -> (carry, y)` over the layers of a stacked module; compile time does not grow with depth.
+
+    Args:
+        remat: which activations the backward pass recomputes: none, dots (keeps matrix products) or full.
+    """
+    graph, state = nnx.split(stacked)
+
+    def step(carry, layer_and_x):
+        layer_state, x = layer_and_x
+        return body(nnx.merge(graph, layer_state), carry, x)
+
+    if REMAT[remat] is not None:
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(step, carry, (state, xs))

@@ -1,0 +1,124 @@
+"""Where arrays live: logical axes of parameters to axes of the mesh (data, fsdp, tensor). It raises, it never falls back.
+
+Every parameter names its axes (`layers`, `embed`, `heads`, ...) when it is created. `TRAINING` says which mesh axis
+each one is split over; what it does not name is replicated.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from model_port.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")  # the prompt axis of every batch array is split over both
+
+TRAINING = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "enc_embed": "fsdp",
+    "enc_heads": "tensor",
+    "enc_mlp": "tensor",
+    "proj_embed": "fsdp",
+    "proj_heads": "tensor",
+    "proj_mlp": "tensor",
+}
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes: data (copies), fsdp (parameters split, batch split), tensor (heads and widths split)."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @property
+    def size(self) -> int:
+        """Devices in the mesh."""
+        return self.data * self.fsdp * self.tensor
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """Return the mesh (data, fsdp, tensor) over the first `config.size` devices.
+
+    Raises:
+        UserError: an axis below 1, or more devices than there are.
+    """
+    sizes = (config.data, config.fsdp, config.tensor)
+    if min(sizes) < 1:
+        raise UserError(f"mesh {sizes} (data, fsdp, tensor): every axis must be at least 1")
+    devices = jax.devices()
+    if config.size > len(devices):
+        raise UserError(
+            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} needs {config.size} devices; "
+            f"this process sees {len(devices)} ({devices[0].platform}); make the mesh smaller or add devices"
+        )
+    names = ("data", "fsdp", "tensor")
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3, devices=devices[: config.size])
+
+
+def param_shardings(state: nnx.State, mesh: Mesh, table: dict[str, str] = TRAINING) -> dict[str, NamedSharding]:
+    """Return {dotted path: sharding} for every variable of an (abstract) model state.
+
+    Raises:
+        UserError: a dimension that its mesh axis does not divide, or two dimensions on one mesh axis.
+    """
+    shardings = {}
+    for path, variable in state.flat_state():
+        name = ".".join(map(str, path))
+        spec = [table.get(axis) for axis in variable.get_metadata("axes")]
+        _check_spec(name, variable.shape, spec, mesh)
+        shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
+    return shardings
+
+
+def shard_state(state: nnx.State, mesh: Mesh, table: dict[str, str] = TRAINING) -> nnx.State:
+    """Place every variable of a model state on the mesh."""
+    shardings = param_shardings(state, mesh, table)
+    placed = [
+        (path, variable.replace(jax.device_put(variable.get_value(), shardings[".".join(map(str, path))])))
+        for path, variable in state.flat_state()
+    ]
+    return nnx.State.from_flat_path(dict(placed))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of arrays whose first axis is prompts."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def constrain(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Keep the prompt axis of an activation split over data and fsdp, where a mesh is set; else return it as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, BATCH_AXES))
+
+
+def check_divides(what: str, count: int, mesh: MeshConfig) -> None:
+    """Raise unless `count` rows can be split over the data and fsdp axes."""
+    shards = mesh.data * mesh.fsdp
+    if count % shards:
+        raise UserError(
+            f"{what} is {count}, which does not divide over data x fsdp = {mesh.data} x {mesh.fsdp} = {shards}; "
+            f"use a multiple of {shards} or a smaller mesh"
+        )
+
+
+def _check_spec(name: str, shape: tuple[int, ...], spec: list[str | None], mesh: Mesh) -> None:
+    used = [axis for axis in spec if axis]
+    if len(used) != len(set(used)):
+        raise UserError(f"parameter {name} {shape}: two of its dimensions map to one mesh axis: {spec}")
+    for dimension, (size, axis) in enumerate(zip(shape, spec, strict=True)):
+        parts = math.prod(mesh.shape[a] for a in ((axis,) if axis else ()))
+        if size % parts:
+            raise UserError(
+                f"parameter {name} {shape}: dimension {dimension} of size {size} does not divide over mesh axis "
+                f"{axis!r} of size {parts}; choose a {axis} size that divides {size}"
+            )

@@ -1,0 +1,1 @@
+"""How the weights are stored: Hugging Face and Orbax directories, and the way between them."""

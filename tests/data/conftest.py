@@ -1,0 +1,40 @@
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from model_port.processor import Processor
+from tests.model_port.toy_tokenizer import make_model_dir
+
+SECONDS = (0.3, 0.4, 0.5, 0.6, 0.7, 1.3, 1.9)
+
+
+@pytest.fixture(scope="session")
+def processor(tmp_path_factory):
+    return Processor.from_pretrained(make_model_dir(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def write_manifest(tmp_path):
+    """Write rows as JSON lines beside the audio files 0.wav ... 6.wav, which last SECONDS."""
+    rng = np.random.default_rng(0)
+    for k, seconds in enumerate(SECONDS):
+        wave = 0.1 * rng.standard_normal(round(seconds * 16000))
+        soundfile.write(tmp_path / f"{k}.wav", wave.astype(np.float32), 16000)
+
+    def write(rows):
+        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return tmp_path / "train.jsonl"
+
+    return write
+
+
+@pytest.fixture
+def rows():
+    """Seven examples; row k has k times 'x' as its reference, so that rows can be told apart."""
+    return [
+        {"audio": f"{k}.wav", "prompt": "<|audio|> translate.", "reference": "x" * (k + 1), "topic": f"topic {k}"}
+        for k in range(len(SECONDS))
+    ]

@@ -1,0 +1,201 @@
+import itertools
+
+import numpy as np
+import pytest
+import soundfile
+
+from jgrpo.data import PromptData, read_manifest
+from model_port.errors import UserError
+from model_port.features import log_mel, num_frames
+
+
+@pytest.fixture
+def make_data(write_manifest, rows, processor):
+    def make(changed=None, **options):
+        options = {"prompts_per_step": 4, "audio_buckets_seconds": (0.5, 1.0, 2.0), **options}
+        return PromptData(read_manifest(write_manifest(changed or rows)), processor, **options)
+
+    return make
+
+
+def take(stream, count):
+    return list(itertools.islice(stream, count))
+
+
+def assert_same(a, b):
+    """Equal in every field, arrays bit for bit."""
+    for name in ("tokens", "mask", "audio_slots", "features", "lengths"):
+        np.testing.assert_array_equal(getattr(a.batch, name), getattr(b.batch, name))
+    np.testing.assert_array_equal(a.indices, b.indices)
+    assert (a.prompts, a.references, a.columns, a.valid) == (b.prompts, b.references, b.columns, b.valid)
+
+
+def test_rows_belong_together(make_data, processor):
+    data = make_data(completion_tokens=12)
+    for batch in take(data.stream(seed=0), 4):
+        for p, index in enumerate(batch.indices):
+            example = data.manifest.examples[index]
+            assert batch.references[p] == "x" * (index + 1)
+            assert batch.prompts[p] == example.prompt
+            assert batch.columns == {"topic": [f"topic {i}" for i in batch.indices]}
+            frames = num_frames(example.samples[0])
+            wave, _ = soundfile.read(example.audio[0], dtype="float32")
+            assert batch.batch.lengths[p, 0] == frames
+            np.testing.assert_array_equal(batch.batch.features[p, 0, :frames], log_mel(wave))
+            assert not batch.batch.features[p, 0, frames:].any()
+            target = batch.reference_tokens[p, 0][batch.reference_mask[p, 0]]
+            assert target.tolist() == processor.encode_reference(batch.references[p])
+        assert batch.valid == 4
+        assert batch.reference_tokens.shape == (4, 1, 12)
+        assert batch.reference_tokens.dtype == np.int32
+
+
+def test_every_epoch_holds_each_example_once_in_a_new_order(make_data):
+    """Seven steps of four rows are four epochs of seven examples."""
+    rows = np.concatenate([batch.indices for batch in take(make_data().stream(seed=3), 7)])
+    epochs = [tuple(epoch) for epoch in rows.reshape(4, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(epochs)) > 1
+
+
+def test_the_same_seed_gives_the_same_batches(make_data):
+    data = make_data()
+    for a, b in zip(take(data.stream(seed=5), 4), take(make_data().stream(seed=5), 4), strict=True):
+        assert_same(a, b)
+    other = take(data.stream(seed=6), 4)
+    assert any((a.indices != b.indices).any() for a, b in zip(take(data.stream(seed=5), 4), other, strict=True))
+
+
+def test_resuming_at_any_step_gives_the_remaining_batches(make_data):
+    data = make_data()
+    stream, states, batches = data.stream(seed=1), [], []
+    for _ in range(6):
+        states.append(stream.state())
+        batches.append(next(stream))
+    assert states == [{"next_index": step} for step in range(6)]
+    for step in range(6):
+        other = data.stream(seed=1)
+        other.set_state(states[step])
+        for resumed in (data.stream(seed=1, start_step=step), other):
+            for expected, got in zip(batches[step:], resumed, strict=False):
+                assert_same(got, expected)
+
+
+def test_two_processes_hold_the_halves_of_the_same_global_batch(make_data):
+    whole = take(make_data().stream(seed=2), 5)
+    halves = [take(make_data(process_index=k, process_count=2).stream(seed=2), 5) for k in range(2)]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        for name in ("tokens", "mask", "audio_slots", "features", "lengths"):
+            joined = np.concatenate([getattr(first.batch, name), getattr(second.batch, name)])
+            np.testing.assert_array_equal(joined, getattr(batch.batch, name))
+        np.testing.assert_array_equal(np.concatenate([first.indices, second.indices]), batch.indices)
+        assert first.references + second.references == batch.references
+
+
+def test_the_smallest_bucket_that_fits_the_whole_batch(make_data):
+    """0.5, 1 and 2 s are 25, 50 and 100 frames; a clip of exactly 0.5 s fits the first."""
+    data = make_data(prompts_per_step=1)
+    frames = {int(batch.indices[0]): batch.batch.features.shape[2] for batch in data.epoch()}
+    assert frames == {0: 25, 1: 25, 2: 25, 3: 50, 4: 50, 5: 100, 6: 100}
+    for batch in take(make_data(prompts_per_step=2).stream(seed=0), 8):
+        assert batch.batch.features.shape[2] == max(frames[i] for i in batch.indices)
+
+
+def test_shapes_are_those_that_occur(make_data, rows):
+    data = make_data(prompts_per_step=1)
+    seen = {(batch.batch.features.shape[2], batch.batch.tokens.shape[1]) for batch in data.epoch()}
+    assert sorted(seen) == data.shapes()
+    assert [frames for frames, _ in data.shapes()] == [25, 50, 100]
+    assert [frames for frames, _ in make_data(rows[:3]).shapes()] == [25]
+
+
+def test_prompt_padding_is_audio_plus_text(make_data, processor, monkeypatch):
+    """25 frames are two windows, six embeddings; the text is padded to a multiple of TEXT_STEP or to its limit."""
+    monkeypatch.setattr("jgrpo.data.pipeline.TEXT_STEP", 32)
+    (text,) = processor.encode_prompts(["<|audio|> translate."])
+    count = len(text) - 1
+    assert count < 32
+    assert make_data().shapes()[0] == (25, 6 + 32)
+    assert make_data(max_prompt_tokens=count).shapes()[0] == (25, 6 + count)
+    with pytest.raises(
+        UserError, match=rf"line 1: the prompt has {count} text tokens; max_prompt_tokens is {count - 1}"
+    ):
+        make_data(max_prompt_tokens=count - 1)
+
+
+def test_prompts_with_several_clips(make_data, rows, monkeypatch):
+    monkeypatch.setattr("jgrpo.data.pipeline.TEXT_STEP", 32)
+    rows[1] = {"audio": ["0.wav", "3.wav"], "prompt": "<|audio|> or <|audio|>?", "reference": "first"}
+    data = make_data(rows[:3], prompts_per_step=3)
+    assert data.shapes() == [(25, 2 * 6 + 32), (50, 2 * 12 + 32)]
+    (batch,) = data.epoch()
+    np.testing.assert_array_equal(batch.batch.lengths, [[15, 0], [15, 30], [25, 0]])
+    assert batch.columns == {"topic": ["topic 0", None, "topic 2"]}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 9])
+def test_an_epoch_covers_everything_once_in_order(make_data, size):
+    data = make_data(prompts_per_step=size)
+    for _ in range(2):
+        batches = list(data.epoch())
+        assert [i for batch in batches for i in batch.indices[: batch.valid]] == list(range(7))
+        assert {len(batch.references) for batch in batches} == {size}
+
+
+def test_an_epoch_on_two_processes_covers_everything_once(make_data):
+    """Rows 4, 5 and 6 remain for the second batch: two on the first process, one on the second."""
+    halves = [list(make_data(process_index=k, process_count=2).epoch()) for k in range(2)]
+    assert [[batch.valid for batch in half] for half in halves] == [[2, 2], [2, 1]]
+    seen = [i for pair in zip(*halves, strict=True) for batch in pair for i in batch.indices[: batch.valid]]
+    assert seen == list(range(7))
+
+
+def test_cached_features_are_the_same(make_data, tmp_path):
+    data, cached = make_data(), make_data(cache=True)
+    expected = list(data.epoch())
+    for _ in range(2):
+        for a, b in zip(cached.epoch(), expected, strict=True):
+            assert_same(a, b)
+    for file in tmp_path.glob("*.wav"):
+        file.unlink()
+    for a, b in zip(cached.epoch(), expected, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"audio_buckets_seconds": (0.5, 1.0)},
+            r"2 unusable lines(.|\n)*line 6: .*5.wav lasts 1.30 s and the longest audio bucket holds 1.00 s",
+        ),
+        ({"completion_tokens": 3}, "line 7: the reference has .* tokens with its end token; completions hold 3"),
+        ({"audio_buckets_seconds": (2.0, 1.0)}, r"\(2.0, 1.0\) seconds; clip lengths in increasing order"),
+        ({"audio_buckets_seconds": ()}, "clip lengths in increasing order"),
+        ({"audio_buckets_seconds": (0.01, 2.0)}, "clip lengths in increasing order"),
+        ({"process_count": 3}, "prompts_per_step is 4 and there are 3 processes; a positive multiple of 3"),
+        ({"prompts_per_step": 0}, "prompts_per_step is 0"),
+    ],
+)
+def test_what_cannot_fit_is_refused_at_the_start(make_data, options, message):
+    with pytest.raises(UserError, match=message):
+        make_data(**options)
+
+
+def test_a_reference_with_an_end_token_is_named_by_line(make_data, rows):
+    rows[4]["reference"] = "a<|end_of_text|>"
+    with pytest.raises(UserError, match=r"line 5: .*contains <\|end_of_text\|>"):
+        make_data(rows, completion_tokens=20)
+
+
+def test_audio_that_turns_out_damaged_is_named(make_data, tmp_path):
+    data = make_data()
+    soundfile.write(tmp_path / "2.wav", np.zeros(4000, np.float32), 16000)
+    with pytest.raises(UserError, match="2.wav had 8000 samples when the run started and has 4000 now"):
+        list(data.epoch())
+    soundfile.write(tmp_path / "2.wav", np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"2.wav \(line 3 of .*train.jsonl\): audio contains NaN"):
+        list(data.epoch())
+    (tmp_path / "2.wav").unlink()
+    with pytest.raises(UserError, match="2.wav: no such audio file"):
+        list(data.epoch())

@@ -1,0 +1,175 @@
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from jgrpo.rewards import corpus_wer, make_reward
+from jgrpo.rewards.wer import word_errors
+from model_port.errors import UserError
+
+COMPLETIONS = ["Ja", "a b", "größer", ""]
+REFERENCES = ["Ja", "a c", "kleiner", "x"]
+
+
+@pytest.fixture
+def user_module(monkeypatch):
+    """An importable module for the user functions of a test."""
+    module = types.ModuleType("user_rewards")
+    monkeypatch.setitem(sys.modules, "user_rewards", module)
+    return module
+
+
+def test_one_name():
+    reward = make_reward("bleu")
+    out = reward(COMPLETIONS, REFERENCES)
+    assert reward.names == ("bleu",) and out.shape == (4,) and out.dtype == np.float64
+    assert out[0] == 1.0 and 0 < out[1] < 1 and out[2] == 0 and out[3] == 0
+
+
+def test_weighted_sum_and_components(user_module):
+    user_module.score = lambda completions, references, **_: [float(len(text)) for text in completions]
+    reward = make_reward({"exact": 1.0, "user_rewards:score": 0.5, "chrf": 0.0})
+    components = reward.components(COMPLETIONS, REFERENCES)
+    assert list(components) == ["exact", "user_rewards:score", "chrf"] == list(reward.names)
+    assert components["exact"].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert components["user_rewards:score"].tolist() == [2.0, 3.0, 6.0, 0.0]
+    assert components["chrf"][0] == 1.0
+    assert reward(COMPLETIONS, REFERENCES).tolist() == reward.total(components).tolist() == [2.0, 1.5, 3.0, 0.0]
+
+
+def test_columns_reach_user_functions(user_module):
+    user_module.score = lambda completions, references, *, duration, **_: np.array(duration) / 2
+    reward = make_reward("user_rewards:score")
+    assert reward(["a", "b"], ["a", "b"], duration=[1.0, 3.0], question=["q", "r"]).tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "expected"),
+    [
+        ("Ja", "Ja", 1.0),
+        ("  Ja \n gern ", "Ja gern", 1.0),
+        ("u\u0308ber", "\u00fcber", 1.0),
+        ("ja", "Ja", 0.0),
+        ("Ja.", "Ja", 0.0),
+        ("", "", 1.0),
+    ],
+)
+def test_exact_match(completion, reference, expected):
+    assert make_reward("exact")([completion], [reference]).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "expected"),
+    [("größer", "größer", 1.0), ("", "a", 0.0), ("a", "", 0.0), ("", "", 0.0), ("Yes.", "Yes, he was.", 0.2470)],
+)
+def test_chrf(completion, reference, expected):
+    assert make_reward("chrf")([completion], [reference]) == pytest.approx([expected], abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "errors", "reward"),
+    [
+        ("a b c", "a b c", 0, 1.0),
+        ("a x c", "a b c", 1, 2 / 3),
+        ("a c", "a b c", 1, 2 / 3),
+        ("a b b c", "a b c", 1, 2 / 3),
+        ("", "a b c", 3, 0.0),
+        ("x y z w", "a b", 4, 0.0),  # WER 2: the reward stops at 0
+        ("", "", 0, 1.0),
+        ("a", "", 1, 0.0),
+        ("b c d a", "a b c d", 2, 0.5),
+    ],
+)
+def test_word_errors(completion, reference, errors, reward):
+    assert word_errors(completion, reference) == errors
+    assert make_reward("wer")([completion], [reference]) == pytest.approx([reward])
+
+
+def test_corpus_wer_pools_the_words():
+    assert corpus_wer(["a b c", "x"], ["a b d", "y"]) == pytest.approx(2 / 4)
+    with pytest.raises(UserError, match="needs a reference word"):
+        corpus_wer(["a"], [""])
+    with pytest.raises(UserError, match="1 completions and 0 references"):
+        corpus_wer(["a"], [])
+
+
+def fails_on_größer(completions, references, **_):
+    if "größer" in completions:
+        raise KeyError("größer")
+    return [0.0] * len(completions)
+
+
+def fails_together(completions, references, **_):
+    if len(completions) > 1:
+        raise RuntimeError("too many")
+    return [0.0]
+
+
+def with_value(value):
+    return lambda completions, references, **_: [1.0, value, value, 1.0][: len(completions)]
+
+
+@pytest.mark.parametrize(
+    ("score", "problem", "index"),
+    [
+        (fails_on_größer, "failed with KeyError: 'größer'", 2),
+        (fails_together, "failed with RuntimeError: too many, on 4 examples together and on none alone", 0),
+        (lambda completions, references, **_: 1.0, "failed with TypeError", 0),
+        (lambda completions, references, **_: [1.0, 1.0], "returned 2 values for 4 examples", 2),
+        (lambda completions, references, **_: [1.0] * 5, "returned 5 values for 4 examples", 3),
+        (with_value(math.nan), "returned nan", 1),
+        (with_value(math.inf), "returned inf", 1),
+        (with_value(None), "returned None", 1),
+        (with_value("good"), "returned 'good'", 1),
+    ],
+)
+def test_a_broken_reward_is_named_with_its_example(user_module, score, problem, index):
+    user_module.score = score
+    with pytest.raises(UserError) as caught:
+        make_reward({"bleu": 1.0, "user_rewards:score": 1.0})(COMPLETIONS, REFERENCES)
+    message = str(caught.value)
+    assert "'user_rewards:score'" in message and problem in message and f"at example {index}:" in message
+    assert f"completion {COMPLETIONS[index]!r}, reference {REFERENCES[index]!r}" in message
+
+
+def test_the_failing_example_is_sought_with_its_own_columns(user_module):
+    user_module.score = lambda completions, references, *, duration: [1 / seconds for seconds in duration]
+    with pytest.raises(UserError, match="ZeroDivisionError.* at example 1: completion 'b'"):
+        make_reward("user_rewards:score")(["a", "b", "c"], ["a", "b", "c"], duration=[1, 0, 2])
+
+
+def test_long_texts_are_cut_in_messages_only(user_module):
+    user_module.score = lambda completions, references, **_: [math.nan]
+    with pytest.raises(UserError) as caught:
+        make_reward("user_rewards:score")(["a" * 5000], ["b"])
+    assert len(str(caught.value)) < 600 and "a…" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("blue", "'blue' is unknown: use one of bleu, chrf, exact, wer, or your own function as module:function"),
+        ("no_such_module:score", "module 'no_such_module' cannot be imported"),
+        ("user_rewards:missing", "module 'user_rewards' has no function 'missing'"),
+        ("user_rewards:", "is unknown"),
+        ({}, "needs a component"),
+        ({"bleu": math.nan}, "the weight of reward 'bleu' is nan"),
+    ],
+)
+def test_wrong_specs_are_refused_before_anything_is_scored(user_module, spec, message):
+    with pytest.raises(UserError, match=message):
+        make_reward(spec)
+
+
+def test_every_column_has_one_value_per_completion():
+    reward = make_reward("exact")
+    with pytest.raises(UserError, match="2 completions but 1 values in 'references'"):
+        reward(["a", "b"], ["a"])
+    with pytest.raises(UserError, match="2 completions but 3 values in 'question'"):
+        reward(["a", "b"], ["a", "b"], question=["q", "r", "s"])
+
+
+def test_nothing_to_score():
+    assert make_reward({"bleu": 1.0, "exact": 2.0})([], []).shape == (0,)
