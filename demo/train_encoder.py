@@ -31,7 +31,9 @@ def load_corpus(manifest: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return features, labels
 
 
-def batches(features, labels, *, size: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def batches(
+    features, labels, *, size: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield (features, lengths, labels, label mask) without end; clips of like length share a batch."""
     rng = np.random.default_rng(seed)
     width = max(len(label) for label in labels)

@@ -3,7 +3,6 @@
 A mistake of the user's ends in one message on standard error and exit status 2.
 """
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -88,6 +87,7 @@ def run_sft(arguments: list[str]) -> None:
 
 def run_eval(arguments: list[str]) -> None:
     """Evaluate the policy of a run, or its base where it has none yet, on the config's test manifests."""
+    from jgrpo.config import with_model
     from jgrpo.setup import evaluate_model
 
     config, rest = read_config("eval", arguments)
@@ -112,12 +112,6 @@ def run_eval(arguments: list[str]) -> None:
     for name, result in results.items():
         print(describe(name, result))
     print(f"predictions and results.json are in {out}")
-
-
-def with_model(config, path: Path):
-    """Return a config that evaluates the model directory as it is."""
-    model = dataclasses.replace(config.model, path=str(path), lora="keep", trainable=("projector",))
-    return dataclasses.replace(config, model=model)
 
 
 def describe(name: str, result: dict) -> str:

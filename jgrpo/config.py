@@ -205,7 +205,9 @@ class RunConfig:
         if not self.eval.seeds and not self.eval.greedy:
             raise UserError("eval.seeds is empty and eval.greedy is off: nothing would be evaluated; set one of them")
         if self.eval.every and not self.data.validation:
-            raise UserError("eval.every is set but data.validation is not: name a validation manifest or set every to 0")
+            raise UserError(
+                "eval.every is set but data.validation is not: name a validation manifest or set every to 0"
+            )
         if not self.data.audio_buckets or list(self.data.audio_buckets) != sorted(set(self.data.audio_buckets)):
             raise UserError(f"data.audio_buckets must be rising seconds, got {self.data.audio_buckets}")
 
@@ -234,7 +236,9 @@ class GRPOConfig(RunConfig):
         if grpo.num_samples < 2 and grpo.advantage_scale != "none":
             raise UserError(f"grpo.num_samples is {grpo.num_samples}: a group needs at least 2 samples to compare")
         if grpo.temperature == 0:
-            raise UserError("grpo.temperature is 0: greedy samples of a prompt are all alike; use a positive temperature")
+            raise UserError(
+                "grpo.temperature is 0: greedy samples of a prompt are all alike; use a positive temperature"
+            )
         if grpo.num_iterations < 1:
             raise UserError(f"grpo.num_iterations must be at least 1, got {grpo.num_iterations}")
         if grpo.reward_weights and len(grpo.reward_weights) != len(grpo.reward):
@@ -269,8 +273,16 @@ def load_config(path: str | Path) -> RunConfig:
     except Exception as error:
         raise UserError(f"config file {path} failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
-        raise UserError(f"get_config() of {path} returned a {type(config).__name__}; return an SFTConfig or a GRPOConfig")
+        raise UserError(
+            f"get_config() of {path} returned a {type(config).__name__}; return an SFTConfig or a GRPOConfig"
+        )
     return config
+
+
+def with_model(config: RunConfig, path: str | Path) -> RunConfig:
+    """Return a config that evaluates the model directory as it is."""
+    model = dataclasses.replace(config.model, path=str(path), lora="keep", trainable=("projector",))
+    return dataclasses.replace(config, model=model)
 
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
@@ -286,11 +298,16 @@ def save_config(config: RunConfig, path: Path) -> None:
     resolved: dict[str, Any] = {"kind": type(config).__name__, **dataclasses.asdict(config)}
     text = json.dumps(resolved, indent=2) + "\n"
     if path.exists():
-        old, new = (_flatten({k: v for k, v in json.loads(t).items() if k not in FREE_TO_CHANGE}) for t in (path.read_text(), text))
+        old, new = (
+            _flatten({k: v for k, v in json.loads(t).items() if k not in FREE_TO_CHANGE})
+            for t in (path.read_text(), text)
+        )
         changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         if changed:
             lines = "\n".join(f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in changed)
-            raise UserError(f"{path.parent} holds a run with another config:\n{lines}\nuse another --run-dir or the same config")
+            raise UserError(
+                f"{path.parent} holds a run with another config:\n{lines}\nuse another --run-dir or the same config"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 

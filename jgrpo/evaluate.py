@@ -1,4 +1,4 @@
-"""Evaluation as the paper reports it: sampled at temperature 0.9 and top-p 0.9 over several seeds, and greedy beside it.
+"""Evaluation as the paper reports it: sampled at temperature 0.9 and top-p 0.9 over several seeds; greedy beside it.
 
 All seeds of a prompt decode together as samples of one group, so a clip is encoded and its prompt prefilled once. The
 draws of a seed depend on the seed and the example alone, not on the batch or on the other seeds.
@@ -83,7 +83,10 @@ def evaluate(
         batch = place(prompts.batch, mesh)
         encoded = programs.encode(params, frozen, batch)
         passes = []
-        for chosen, temperature, top_p in ((seeds, options.temperature, options.top_p), ((0,) if greedy else (), 0.0, 1.0)):
+        for chosen, temperature, top_p in (
+            (seeds, options.temperature, options.top_p),
+            ((0,) if greedy else (), 0.0, 1.0),
+        ):
             if chosen:
                 keys = place(example_keys(chosen, prompts.indices), mesh)
                 out = programs.rollout(

@@ -16,7 +16,7 @@ ROLLOUT = 1  # the purpose folded into a step's key; evaluation has its own
 
 
 def step_keys(seed: int, step: int, *, num_prompts: int, num_samples: int) -> jax.Array:
-    """Return keys [P, G]: a pure function of seed, step and row, so no two steps share noise and a resume repeats it."""
+    """Return keys [P, G], a pure function of seed, step and row: no two steps share noise, and a resume repeats it."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROLLOUT), step)
     return row_keys(key, num_prompts=num_prompts, num_samples=num_samples)
 
@@ -39,7 +39,9 @@ def advantages(rewards: np.ndarray, scale: str) -> np.ndarray:
     return group_advantages(rewards.astype(np.float64), scale).astype(np.float32)
 
 
-def rollout_metrics(rewards: np.ndarray, components: dict[str, np.ndarray], mask: np.ndarray, eos: np.ndarray) -> dict[str, Any]:
+def rollout_metrics(
+    rewards: np.ndarray, components: dict[str, np.ndarray], mask: np.ndarray, eos: np.ndarray
+) -> dict[str, Any]:
     """Return the metrics of a rollout, named as TRL's users know them.
 
     Args:

@@ -146,7 +146,9 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
     programs = policy_programs(policy, objective, updates=updates)
     params = {name: jnp.array(value, jnp.float32, copy=True) for name, value in policy.trained.items()}
     state = programs.init(params)
-    checkpoints = RunCheckpoints(directory / "checkpoints", keep=config.checkpoint.keep, save_every=config.checkpoint.every)
+    checkpoints = RunCheckpoints(
+        directory / "checkpoints", keep=config.checkpoint.keep, save_every=config.checkpoint.every
+    )
     step, host = 0, {}
     if checkpoints.latest_step() is not None:
         restored = checkpoints.restore(state)
@@ -177,11 +179,13 @@ def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> N
     run.step += 1
     if metrics["skipped"]:
         run.skipped += 1
-        run.progress.note(f"step {run.step}: loss or gradient is not finite; the update was skipped ({run.skipped} so far)")
+        run.progress.note(
+            f"step {run.step}: loss or gradient is not finite; the update was skipped ({run.skipped} so far)"
+        )
         if run.skipped > config.max_skipped_updates:
             raise UserError(
-                f"step {run.step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}; {run.skipped} updates were "
-                "skipped for a non-finite loss or gradient, more than max_skipped_updates; lower the learning rate"
+                f"step {run.step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}; {run.skipped} updates "
+                "were skipped for a non-finite loss or gradient, more than max_skipped_updates; lower the learning rate"
             )
     last = run.step == config.num_steps
     if run.validation is not None and (run.step % config.eval.every == 0 or last):
@@ -252,7 +256,7 @@ def finish_run(run: Run) -> None:
 
 
 def evaluate_model(config: RunConfig, manifests: dict[str, str], *, out: Path) -> dict[str, Any]:
-    """Evaluate `config.model` on manifests by name; write predictions and results.json under `out`, return the results."""
+    """Evaluate `config.model` on manifests by name; write predictions and results.json under `out`; return those."""
     config.validate()
     processor = Processor.from_pretrained(config.model.path)
     sets = {

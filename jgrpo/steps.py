@@ -179,9 +179,7 @@ def make_programs(
     rows = batch_sharding(mesh)
     return Programs(
         encode=_on(mesh, jax.jit(encode, out_shardings=rows)),
-        rollout=_on(
-            mesh, jax.jit(rollout, static_argnames=("num_tokens", "temperature", "top_p"), out_shardings=rows)
-        ),
+        rollout=_on(mesh, jax.jit(rollout, static_argnames=("num_tokens", "temperature", "top_p"), out_shardings=rows)),
         score=_on(mesh, jax.jit(score, out_shardings=rows)),
         update=_on(mesh, jax.jit(update, donate_argnums=0)),
         init=lambda params: _initial_state(params, optimiser, mesh),

@@ -68,7 +68,11 @@ def train_grpo(config: GRPOConfig) -> Run:
         seconds = time.perf_counter() - started
         eos = ended(host, policy.processor.eos_ids)
         metrics |= rollout_metrics(rewards, components, host.mask, eos)
-        metrics |= {"num_tokens": int(host.mask.sum()), "tokens_per_second": host.mask.sum() / seconds, "seconds": seconds}
+        metrics |= {
+            "num_tokens": int(host.mask.sum()),
+            "tokens_per_second": host.mask.sum() / seconds,
+            "seconds": seconds,
+        }
         if config.completions_every and run.step % config.completions_every == 0:
             run.metrics.write_completions(run.step + 1, completion_rows(prompts, texts, rewards, values))
         finish_step(run, metrics, _shown(metrics))

@@ -40,4 +40,6 @@ def train_sft(config: SFTConfig) -> Run:
 def reference_targets(tokens: np.ndarray, mask: np.ndarray) -> Targets:
     """Return references [P, 1, T] as targets of supervised learning."""
     zeros = np.zeros(tokens.shape, np.float32)
-    return Targets(tokens=tokens, mask=mask, old_logp=zeros, ref_logp=None, advantage=np.ones(tokens.shape[:2], np.float32))
+    return Targets(
+        tokens=tokens, mask=mask, old_logp=zeros, ref_logp=None, advantage=np.ones(tokens.shape[:2], np.float32)
+    )

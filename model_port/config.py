@@ -162,7 +162,11 @@ class GraniteSpeechConfig:
         encoder = {"model_type": "granite_speech_encoder", **dataclasses.asdict(self.encoder)}
         cat = encoder.pop("cat_hidden_layers")
         plus = {"cat_hidden_layers": list(cat)} if cat else {}
-        projector = {"model_type": "blip_2_qformer", **dataclasses.asdict(self.projector), "cross_attention_frequency": 1}
+        projector = {
+            "model_type": "blip_2_qformer",
+            **dataclasses.asdict(self.projector),
+            "cross_attention_frequency": 1,
+        }
         window_size, downsample_rate = projector.pop("window_size"), projector.pop("downsample_rate")
         text = {
             "model_type": "granite",
@@ -301,7 +305,9 @@ def _rope_theta(text: dict[str, Any]) -> float:
     """RoPE base; files written by transformers 4 and 5 keep it in different places."""
     parameters = text.get("rope_parameters") or {}
     if parameters.get("rope_type", "default") != "default":
-        raise UserError(f"text_config.rope_parameters has rope_type {parameters['rope_type']!r}; only 'default' is supported")
+        raise UserError(
+            f"text_config.rope_parameters has rope_type {parameters['rope_type']!r}; only 'default' is supported"
+        )
     return float(parameters.get("rope_theta") or text.get("rope_theta") or 10000.0)
 
 

@@ -1,4 +1,4 @@
-"""The Granite decoder, run in three ways by one layer: prefill of prompts, one decoding step, completions over a prefix.
+"""The Granite decoder. One layer runs in three ways: prompts, one decoding step, completions over their prompts.
 
 A prompt's keys and values exist once, however many completions follow it. Source: transformers GraniteModel.
 """
@@ -32,7 +32,8 @@ class SelfAttention(nnx.Module):
     def qkv(self, x: Float[Array, "P N D"], cos_sin, use_lora: bool):
         """Return rotated queries [P, N, H, h], rotated keys and values [P, N, K, h]."""
         q, k, v = (
-            proj(x, use_lora).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x, use_lora).reshape(*x.shape[:2], -1, self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return rotary(q, cos_sin), rotary(k, cos_sin), v
 
@@ -75,7 +76,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token and audio embeddings to final hidden states. Streams are [P, N, D] with the embedding multiplier applied."""
+    """Token and audio embeddings, the embedding multiplier applied, to final hidden states; streams are [P, N, D]."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, *, rngs, dtype=jnp.float32):
         kw = {"rngs": rngs, "dtype": dtype}
@@ -99,12 +100,21 @@ class Decoder(nnx.Module):
         return self.norm(x), prefix
 
     def step(
-        self, x: Float[Array, "P G D"], prefix: KeysValues, prefix_mask: Bool[Array, "P L"], cache: Cache, t, *, use_lora
+        self,
+        x: Float[Array, "P G D"],
+        prefix: KeysValues,
+        prefix_mask: Bool[Array, "P L"],
+        cache: Cache,
+        t,
+        *,
+        use_lora,
     ) -> tuple[Float[Array, "P G D"], Cache]:
         """Run the t-th completion token of all samples; return hidden states and the cache with slot t written."""
         samples, slots = x.shape[1], cache[0].shape[3]
         visible = (jnp.arange(slots) <= t)[None, None, None, :]
-        tables = self._tables(jnp.broadcast_to(prefix_mask.sum(-1, dtype=jnp.int32)[:, None] + t, (x.shape[0], samples)))
+        tables = self._tables(
+            jnp.broadcast_to(prefix_mask.sum(-1, dtype=jnp.int32)[:, None] + t, (x.shape[0], samples))
+        )
 
         def body(layer, carry, xs):
             x, cache = carry
@@ -163,7 +173,14 @@ class Decoder(nnx.Module):
     def empty_cache(self, num_prompts: int, num_samples: int, num_tokens: int, dtype) -> Cache:
         """Return zeroed keys and values for the completions of all layers."""
         config = self.config
-        shape = (config.num_hidden_layers, num_prompts, num_samples, num_tokens, config.num_key_value_heads, config.head_dim)
+        shape = (
+            config.num_hidden_layers,
+            num_prompts,
+            num_samples,
+            num_tokens,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         return tuple(constrain(jnp.zeros(shape, dtype), axis=1) for _ in range(2))
 
     def _attend(self, q, own, own_mask, prefix=None, prefix_mask=None):

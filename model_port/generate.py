@@ -113,6 +113,4 @@ def sample_completions(
 def _generate(graph, state, batch, keys, *, num_tokens, temperature, top_p):
     model = nnx.merge(graph, state)
     encoded = model.encode(batch.features, batch.lengths)
-    return sample_completions(
-        model, batch, encoded, keys, num_tokens=num_tokens, temperature=temperature, top_p=top_p
-    )
+    return sample_completions(model, batch, encoded, keys, num_tokens=num_tokens, temperature=temperature, top_p=top_p)

@@ -1,7 +1,8 @@
 """The small parts every room of the model is built from: linear, norms, rotary positions, attention.
 
-Every module takes `stack`, a tuple of leading sizes for its parameters: `(n,)` makes n layers at once, to be scanned
-(`scan_layers`). Each parameter carries its logical axes in the metadata `axes`; model_port.partition maps them to a mesh.
+Every module takes `stack`, a tuple of leading sizes for its parameters: `(n,)` makes n layers at once, to be run by
+`scan_layers`. Each parameter carries its logical axes in the metadata `axes`; model_port.partition maps
+them to a mesh.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,9 @@ INIT_STDDEV = 0.02  # transformers PreTrainedModel.initializer_range
 MASKED = -1e30  # a finite stand-in for -inf: a row with every key masked stays finite, in value and in gradient
 
 
-def parameter(shape: tuple[int, ...], axes: tuple, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype, init: str) -> nnx.Param:
+def parameter(
+    shape: tuple[int, ...], axes: tuple, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype, init: str
+) -> nnx.Param:
     """Create a parameter of shape `stack + shape`; `init` is normal, zeros or ones."""
     full = stack + shape
     if init == "normal":
@@ -34,7 +37,9 @@ def align(vector: jax.Array, x: jax.Array) -> jax.Array:
 class LoRA(nnx.Module):
     """The low-rank update scaling * (x A) B of a linear layer. Source: PEFT LoraLayer, without dropout."""
 
-    def __init__(self, in_size: int, out_size: int, *, axes, rank: int, scaling: float, rngs, stack=(), dtype=jnp.float32):
+    def __init__(
+        self, in_size: int, out_size: int, *, axes, rank: int, scaling: float, rngs, stack=(), dtype=jnp.float32
+    ):
         common = {"rngs": rngs, "stack": stack, "dtype": dtype}
         self.a = parameter((in_size, rank), (axes[0], None), init="normal", **common)
         self.b = parameter((rank, out_size), (None, axes[1]), init="zeros", **common)
@@ -169,8 +174,10 @@ REMAT = {
 }
 
 
-def scan_layers(stacked: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry, xs, *, remat: str = "none"):
-    """Run `body(layer, carry, x) -> (carry, y)` over the layers of a stacked module; compile time does not grow with depth.
+def scan_layers(
+    stacked: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry, xs, *, remat: str = "none"
+):
+    """Run `body(layer, carry, x) -> (carry, y)` over stacked layers; compile time does not grow with depth.
 
     Args:
         remat: which activations the backward pass recomputes: none, dots (keeps matrix products) or full.

@@ -17,7 +17,9 @@ def add_lora(model: GraniteSpeech, config: LoraConfig, *, rngs: nnx.Rngs) -> Non
         UserError: the model has an adapter already.
     """
     if model.config.lora is not None:
-        raise UserError("the model already has an adapter; load it with lora='merge' or 'none' before adding a fresh one")
+        raise UserError(
+            "the model already has an adapter; load it with lora='merge' or 'none' before adding a fresh one"
+        )
     for name, linear in _linears(model):
         if name in config.target_modules:
             layers, in_size, out_size = linear.kernel.shape

@@ -52,6 +52,8 @@ class GraniteSpeech(nnx.Module):
     ) -> Float[Array, "P C A X"]:
         """Return the encoder's output for every clip; frames past a clip's length are zero."""
         p, c, frames, width = features.shape
+        if c == 0:
+            return jnp.zeros((p, c, frames, self.config.encoder.embedding_dim), self.dtype)
         features = features.reshape(p * c, frames, width).astype(self.dtype)
         return self.encoder(features, lengths.reshape(p * c), remat=remat).reshape(p, c, frames, -1)
 
@@ -73,6 +75,8 @@ class GraniteSpeech(nnx.Module):
     def project(self, encoded: Float[Array, "P C A X"]) -> Float[Array, "P S D"]:
         """Return the audio embeddings of every prompt, S slots for its C padded clips."""
         p, c, frames, width = encoded.shape
+        if c == 0:
+            return jnp.zeros((p, 0, self.config.decoder.hidden_size), self.dtype)
         return self.projector(encoded.reshape(p * c, frames, width)).reshape(p, -1, self.config.decoder.hidden_size)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -1,4 +1,4 @@
-"""Where arrays live: logical axes of parameters to axes of the mesh (data, fsdp, tensor). It raises, it never falls back.
+"""Where arrays live: logical axes of parameters to axes of the mesh (data, fsdp, tensor). It raises, never falls back.
 
 Every parameter names its axes (`layers`, `embed`, `heads`, ...) when it is created. `TRAINING` says which mesh axis
 each one is split over; what it does not name is replicated.

@@ -22,15 +22,19 @@ Tokens = Float[jax.Array, "P G T"]
 Scalar = Float[jax.Array, ""]
 
 
+def _count(mask: Bool[Array, "P G T"], axis: int | None = None) -> Float[jax.Array, "#P #G 1"]:
+    """How many positions are true, along an axis or in all; at least 1, as it divides."""
+    return jnp.maximum(jnp.sum(mask, axis=axis, keepdims=True), 1).astype(float)
+
+
 def _per_sequence(mask: Bool[Array, "P G T"]) -> Float[jax.Array, "P G 1"]:
     """1 / (P G |o_i|): the mean over sequences of each sequence's token mean."""
-    lengths = jnp.sum(mask, axis=-1, keepdims=True)
-    return 1.0 / (jnp.maximum(lengths, 1) * (mask.shape[0] * mask.shape[1]))
+    return 1.0 / (_count(mask, axis=-1) * (mask.shape[0] * mask.shape[1]))
 
 
 def _per_token(mask: Bool[Array, "P G T"]) -> Float[jax.Array, "1 1 1"]:
     """1 / sum |o_i|: the mean over all tokens."""
-    return 1.0 / jnp.maximum(jnp.sum(mask, keepdims=True), 1)
+    return 1.0 / _count(mask)
 
 
 # The weight of a token that counts, from the mask. dr_grpo is not here: it needs a constant, see token_weights.
@@ -77,8 +81,7 @@ def _importance_ratio(logp: Tokens, old_logp: Tokens, mask: Bool[Array, "P G T"]
     """pi_theta / pi_old per token, or the sequence's geometric mean of it spread over its tokens."""
     if importance == "token":
         return jnp.exp(logp - old_logp)
-    lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
-    mean_log_ratio = jnp.sum(logp - old_logp, axis=-1, keepdims=True) / lengths
+    mean_log_ratio = jnp.sum(logp - old_logp, axis=-1, keepdims=True) / _count(mask, axis=-1)
     return jax.lax.stop_gradient(jnp.exp(mean_log_ratio)) * jnp.exp(logp - jax.lax.stop_gradient(logp))
 
 
@@ -172,6 +175,7 @@ def token_loss(
         )
     loss = -surrogate
     metrics = {"ratio": ratio, "clip_low": low, "clip_high": high, "clip_region": low | high}
+    metrics = {name: x.astype(ratio.dtype) for name, x in metrics.items()}
     if ref_logp is not None:
         ref_logp = jax.lax.stop_gradient(jnp.where(mask, ref_logp, 0.0))
         metrics["kl"] = kl_estimate(logp, ref_logp, kind=kl)
@@ -223,8 +227,7 @@ def policy_loss(
         importance=importance,
     )
     weights = token_weights(mask, loss_type=loss_type, max_completion_length=max_completion_length)
-    tokens = jnp.maximum(jnp.sum(mask), 1)
-    return jnp.sum(weights * loss), {name: jnp.sum(x) / tokens for name, x in metrics.items()}
+    return jnp.sum(weights * loss), {name: jnp.sum(x / _count(mask)) for name, x in metrics.items()}
 
 
 def sft_token_loss(logp: Float[Array, "P G T"], mask: Bool[Array, "P G T"]) -> Tokens:

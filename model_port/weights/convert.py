@@ -215,7 +215,7 @@ def _check_choices(dtype: str | None, lora: str) -> None:
 
 
 def _shardings(config: GraniteSpeechConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    return param_shardings(nnx.state(tree.abstract_model(config), tree.STORED), mesh)
+    return param_shardings(nnx.state(tree.abstract_model(config)), mesh)
 
 
 def _cast(array: Any, dtype: str, name: str) -> Any:

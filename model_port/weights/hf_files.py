@@ -55,7 +55,7 @@ def read_hf(path: str | os.PathLike, *, adapter: bool = True) -> tuple[GraniteSp
 
     The headers of all files are checked before the first tensor is read. Of a sharded model only the files that the
     index names count. `config.tie_word_embeddings` follows the files: a stored head is used, unless config.json ties
-    it and it equals the embedding; without one the embedding is the head.
+    it and it equals the embedding; without one the embedding is the head, if config.json ties at either of its places.
 
     Args:
         adapter: whether to read the LoRA adapter, too; without it the model is the base model.

@@ -92,6 +92,8 @@ def read_orbax(
         raise UserError(f"{path} has no {PARAMS}/; the checkpoint is incomplete, convert or save it again")
     try:
         stored = ocp.metadata(params).metadata
+        if stored is None:
+            raise ValueError("its metadata does not agree with its data")
         target = {name: _target(leaf, (shardings or {}).get(name)) for name, leaf in stored.items()}
         return config, ocp.load(params, target)
     except (ValueError, OSError, KeyError) as error:

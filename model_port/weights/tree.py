@@ -1,4 +1,4 @@
-"""The parameters of a model as a flat dict: dotted path -> array."""
+"""Which arrays a model of a given config has, how to put them in, and what to say when others are found."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,6 @@ from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.model import GraniteSpeech
 
-STORED = (nnx.Param, nnx.BatchStat)
 SHOWN = 5
 
 
@@ -21,20 +20,20 @@ def abstract_model(config: GraniteSpeechConfig, dtype: Any = jnp.float32) -> Gra
 
 
 def variables(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Return the parameters and BatchNorm statistics of a model by dotted path."""
-    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, STORED))}
+    """Return the parameters and BatchNorm statistics of a model, abstract or not, by dotted path."""
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
 def fill(model: nnx.Module, value: Callable[[str], jax.Array]) -> None:
-    """Set every parameter and BatchNorm statistic of a model, abstract or not, to `value(dotted path)`."""
-    state = nnx.state(model, STORED)
+    """Set every variable of a model, abstract or not, to `value(dotted path)`."""
+    state = nnx.state(model)
     for path, variable in nnx.to_flat_state(state):
         variable.set_value(value(".".join(map(str, path))))
     nnx.update(model, state)
 
 
 def shapes(config: GraniteSpeechConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every array that a model of this config has."""
+    """Return the shape of every array of the model, by dotted path."""
     return {path: tuple(variable.shape) for path, variable in variables(abstract_model(config)).items()}
 
 

@@ -74,7 +74,7 @@ def loss_and_gradient(logp, *others, **options):
 def run(inputs, *, off_policy, x64=False, **options):
     """Loss, gradient and metrics on the host; the arrays are float32, or float64 if asked for."""
     *floats, mask, is_off = inputs
-    with jax.enable_x64(x64):
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
         dtype = jnp.float64 if x64 else jnp.float32
         arrays = [None if x is None else jnp.asarray(x, dtype) for x in floats]
         off_rows = jnp.asarray(is_off if off_policy else np.zeros(mask.shape[:2], bool))

@@ -18,7 +18,16 @@ from model_port.config import LORA_TARGETS, GraniteSpeechConfig, LoraConfig
 from model_port.errors import UserError
 from model_port.partition import MeshConfig, make_mesh, param_shardings
 from model_port.weights import names, tree
-from model_port.weights.convert import convert, export, load_model, merge, model_arrays, read_model, save_model
+from model_port.weights.convert import (
+    build_model,
+    convert,
+    export,
+    load_model,
+    merge,
+    model_arrays,
+    read_model,
+    save_model,
+)
 from tests.hf_tiny import load_hf_dir, make_hf_model, save_hf_dir
 
 TINY = GraniteSpeechConfig.tiny()
@@ -210,7 +219,7 @@ def test_arrays_land_on_the_mesh(published, checkpoint, kind, lora, dtype):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     directory = {"hf": published, "orbax": checkpoint}[kind]
     loaded = load_model(directory, mesh=mesh, lora=lora, dtype=dtype)
-    shardings = param_shardings(nnx.state(loaded, tree.STORED), mesh)
+    shardings = param_shardings(nnx.state(loaded), mesh)
     assert {name: array.sharding for name, array in model_arrays(loaded).items()} == shardings
     assert_equal(model_arrays(loaded), model_arrays(load_model(directory, lora=lora, dtype=dtype)))
 
@@ -221,8 +230,7 @@ def test_arrays_land_on_the_mesh(published, checkpoint, kind, lora, dtype):
 def test_policy_is_its_base_with_the_trained_parts_in_place(published, tmp_path):
     policy = load_model(published)
     trained = [name for name in model_arrays(policy) if name.startswith("projector") or names.is_lora(name)]
-    before = model_arrays(policy)
-    tree.fill(policy, lambda name: before[name] + 1 if name in trained else before[name])
+    policy = build_model(TINY, {name: a + (name in trained) for name, a in model_arrays(policy).items()})
     save_model(policy, tmp_path / "policy", source_dir=published, base=published, only=trained)
     stored = sum(file.stat().st_size for file in (tmp_path / "policy").rglob("*") if file.is_file())
     assert stored < (published / "model.safetensors").stat().st_size
@@ -245,9 +253,9 @@ def test_base_may_be_a_policy_itself(checkpoint, tmp_path):
 def test_fresh_adapter_on_a_merged_base(published, tmp_path):
     config, arrays = read_model(published, lora="merge")
     fresh = LoraConfig(rank=2, alpha=2.0, target_modules=("k_proj",))
-    model = tree.abstract_model(dataclasses.replace(config, lora=fresh))
-    shapes = tree.shapes(model.config)
-    tree.fill(model, lambda name: jnp.asarray(arrays.get(name, np.full(shapes[name], 0.5, np.float32))))
+    config = dataclasses.replace(config, lora=fresh)
+    added = {name: np.full(shape, 0.5, np.float32) for name, shape in tree.shapes(config).items()}
+    model = build_model(config, {**added, **arrays})
     adapter = [name for name in model_arrays(model) if names.is_lora(name)]
     save_model(model, tmp_path / "policy", source_dir=published, base=published, base_lora="merge", only=adapter)
     loaded = load_model(tmp_path / "policy")

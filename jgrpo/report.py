@@ -1,0 +1,87 @@
+"""What a person looks at after a run: tables, curves, completions."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SMOOTHING = 15  # steps in the running mean of the reward curve
+TITLES = {"base": "base", "sft": "+ SFT", "grpo": "+ GRPO"}
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a Markdown table: corpus BLEU sampled (mean ± deviation over seeds) and greedy, known and new voices."""
+    first = next(iter(results.values()))
+    lines = [
+        f"Corpus BLEU, {first['examples']} held-out sentences each ({first['signature']})",
+        "",
+        "| | sampled | greedy | new voices, sampled | new voices, greedy | training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        voices = result["held_out_voices"]
+        cells = [
+            TITLES.get(name, name),
+            _spread(result["sampled"]),
+            f"{result['greedy']:.1f}",
+            _spread(voices["sampled"]),
+            f"{voices['greedy']:.1f}",
+            f"{result['seconds']:.0f} s" if result["seconds"] else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def completions_text(predictions: Mapping[str, Path], *, count: int) -> str:
+    """Return greedy completions of several policies beside their references, the same examples for all."""
+    rows = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in predictions.items()}
+    total = min(map(len, rows.values()))
+    lines = []
+    for index in np.linspace(0, total - 1, min(count, total)).astype(int):
+        example = next(iter(rows.values()))[index]
+        heard = example["columns"].get("transcript")
+        lines += [f"- heard: {heard}"] if heard else [f"- prompt: {example['prompt']}"]
+        lines.append(f"  - reference: {example['reference']}")
+        lines += [f"  - {TITLES.get(name, name)}: {rows[name][index]['greedy'].strip()}" for name in rows]
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(runs: Mapping[str, Path], path: Path) -> None:
+    """Draw the training reward by step, and validation BLEU by seconds of training, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, run_dir in runs.items():
+        rows = read_metrics(run_dir)
+        if "reward" in rows[0]:
+            reward = np.array([row["reward"] for row in rows])
+            steps = np.array([row["step"] for row in rows])
+            window = min(SMOOTHING, len(reward))
+            line = left.plot(steps, reward, alpha=0.25)[0]
+            smooth = np.convolve(reward, np.ones(window) / window, mode="valid")
+            left.plot(steps[window - 1 :], smooth, color=line.get_color(), label=f"{name}, mean of {window} steps")
+        seconds = np.cumsum([row["seconds"] for row in rows])
+        points = [(at, row["eval/bleu"]) for at, row in zip(seconds, rows, strict=True) if "eval/bleu" in row]
+        if points:
+            right.plot(*zip(*points, strict=True), marker="o", label=name)
+    left.set(title="Reward in training", xlabel="step", ylabel="sentence BLEU / 100")
+    right.set(title="Validation, sampled", xlabel="seconds of training", ylabel="corpus BLEU")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _spread(sampled: Mapping[str, Any]) -> str:
+    return f"{sampled['mean']:.1f} ± {sampled['sd']:.1f}"
