@@ -16,7 +16,7 @@ def get_config() -> SFTConfig:
         run_dir="demo/build/base_run",
         model=ModelOptions(path="demo/build/encoder", trainable=("projector", "decoder")),
         data=DataOptions(train="demo/build/pre.jsonl", audio_buckets=(3.0,), cache_features=True),
-        num_steps=1000,
+        num_steps=500,
         prompts_per_step=64,
         max_completion_tokens=20,
         seed=1,

@@ -35,7 +35,7 @@ class ModelDef:
 def split_model(model: GraniteSpeech) -> tuple[ModelDef, Params]:
     """Return a model's definition and its arrays by dotted path, e.g. `decoder.layers.mlp.up_proj.kernel`."""
     graph, state = nnx.split(model)
-    flat = state.flat_state()
+    flat = nnx.to_flat_state(state)
     names = tuple(".".join(map(str, path)) for path, _ in flat)
     leaves, structure = jax.tree.flatten(state)
     stats = frozenset(name for name, (_, variable) in zip(names, flat, strict=True) if variable.type is nnx.BatchStat)

@@ -70,22 +70,12 @@ def param_shardings(state: nnx.State, mesh: Mesh, table: dict[str, str] = TRAINI
         UserError: a dimension that its mesh axis does not divide, or two dimensions on one mesh axis.
     """
     shardings = {}
-    for path, variable in state.flat_state():
+    for path, variable in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
         spec = [table.get(axis) for axis in variable.get_metadata("axes")]
         _check_spec(name, variable.shape, spec, mesh)
         shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
     return shardings
-
-
-def shard_state(state: nnx.State, mesh: Mesh, table: dict[str, str] = TRAINING) -> nnx.State:
-    """Place every variable of a model state on the mesh."""
-    shardings = param_shardings(state, mesh, table)
-    placed = [
-        (path, variable.replace(jax.device_put(variable.get_value(), shardings[".".join(map(str, path))])))
-        for path, variable in state.flat_state()
-    ]
-    return nnx.State.from_flat_path(dict(placed))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -63,8 +63,12 @@ class Processor:
                 f"the tokenizer maps {AUDIO_MARKER} to {self.audio_id} and config.json has "
                 f"audio_token_index {config.audio_token_id}; use the tokenizer files of the same model."
             )
-        ends = (tokenizer.eos_token_id, *config.eos_token_ids)
-        self.eos_ids = tuple(dict.fromkeys(end for end in ends if end is not None))
+        if tokenizer.eos_token_id not in config.eos_token_ids:
+            raise UserError(
+                f"the tokenizer ends a text with token {tokenizer.eos_token_id} and config.json with "
+                f"{', '.join(map(str, config.eos_token_ids))}; correct eos_token_id in the text_config of config.json."
+            )
+        self.eos_ids = tuple(dict.fromkeys((tokenizer.eos_token_id, *config.eos_token_ids)))
         self.pad_id = config.pad_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._gap = "" if self._prompt_ends_open() else " "
 
@@ -194,7 +198,8 @@ class Processor:
         """
         lengths = [[len(clip) for clip in row] for row in clips]
         A = _padded("audio frames", audio_frames, [max(row, default=0) for row in lengths])
-        C = _padded("clips", num_clips, [len(row) for row in lengths])
+        # Without any clip there is no clip axis to speak of (C = 0): that is how a model knows to leave the adapter off.
+        C = _padded("clips", num_clips, [len(row) for row in lengths], least=0)
         rows = [self._expand(row, n, self.num_slots(A)) for row, n in zip(tokens, lengths, strict=True)]
         L = _padded("prompt tokens, audio included,", prompt_tokens, [len(ids) for ids, _ in rows])
         P = len(rows)
@@ -295,10 +300,10 @@ def _features(clip, index: int) -> Float[np.ndarray, "A M"]:
         raise UserError(f"clip {index}: {error}") from error
 
 
-def _padded(what: str, size: int | None, needed: list[int]) -> int:
-    """Return `size`, or the largest need (at least 1: no axis is empty); raise if a row needs more than `size`."""
+def _padded(what: str, size: int | None, needed: list[int], *, least: int = 1) -> int:
+    """Return `size`, or the largest need, at least `least`; raise if a row needs more than `size`."""
     if size is None:
-        return max([*needed, 1])
+        return max([*needed, least])
     for row, need in enumerate(needed):
         if need > size:
             raise UserError(f"row {row} has {need} {what} and the batch is padded to {size}; nothing is truncated.")
