@@ -15,8 +15,8 @@ def get_config() -> SFTConfig:
     return SFTConfig(
         run_dir="demo/build/base_run",
         model=ModelOptions(path="demo/build/encoder", trainable=("projector", "decoder")),
-        data=DataOptions(train="demo/build/pre.jsonl", audio_buckets=(3.0,), cache_features=True),
-        num_steps=500,
+        data=DataOptions(train="demo/build/pre.jsonl", audio_buckets=(3.0,), cache_features=True, cache_encoder=True),
+        num_steps=1000,
         prompts_per_step=64,
         max_completion_tokens=20,
         seed=1,

@@ -22,6 +22,7 @@ def get_config() -> GRPOConfig:
             test=("demo/test.jsonl", "demo/test_voices.jsonl"),
             audio_buckets=(3.0,),
             cache_features=True,
+            cache_encoder=True,
         ),
         num_steps=150,
         prompts_per_step=12,

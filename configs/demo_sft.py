@@ -21,6 +21,7 @@ def get_config() -> SFTConfig:
             test=("demo/test.jsonl", "demo/test_voices.jsonl"),
             audio_buckets=(3.0,),
             cache_features=True,
+            cache_encoder=True,
         ),
         num_steps=310,
         prompts_per_step=48,

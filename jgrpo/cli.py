@@ -1,9 +1,11 @@
 """The command line: jgrpo demo | sft | grpo | eval | generate.
 
-A mistake of the user's ends in one message on standard error and exit status 2.
+A mistake of the user's ends in one message on standard error and exit status 2, a SIGTERM in a saved run and 143.
 """
 
+import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,15 +26,25 @@ usage: jgrpo COMMAND ...
   jgrpo generate MODEL --audio FILE --prompt TEXT
 
 Every field of a config is an option: jgrpo grpo configs/demo_grpo.py --num-steps 20 --mesh.data 2
-`jgrpo COMMAND --help` and `jgrpo grpo CONFIG.py --help` list them.
+`jgrpo grpo --help` lists them with their defaults, `jgrpo grpo CONFIG.py --help` with the values of that file.
 """
+
+CONFIG_HELP = """\
+{summary}
+
+CONFIG.py is a Python file whose get_config() returns {kinds}; configs/ has
+examples. Every field of it is an option below. An option goes before what the file says;
+what is marked required is set by the file.
+"""
+
+KINDS = {"RunConfig": "an SFTConfig or a GRPOConfig", "SFTConfig": "an SFTConfig", "GRPOConfig": "a GRPOConfig"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -44,21 +56,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; a training run goes on from its last checkpoint with the same command", file=sys.stderr)
         return 130
+    except SystemExit as end:  # tyro and argparse have printed the help, or what is wrong with an option
+        return end.code or 0
     return 0
 
 
-def read_config(command: str, arguments: list[str], kind: type | None = None):
-    """Return the config of CONFIG.py with the command line's overrides."""
-    from jgrpo.config import RunConfig, load_config
+def read_config(command: str, arguments: list[str], kind: type, summary: str):
+    """Return the config of CONFIG.py and the options after it; in the place of a file, --help prints all options."""
+    from jgrpo.config import load_config
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        raise UserError(f"jgrpo {command} needs a config file: jgrpo {command} CONFIG.py [OPTIONS]; see configs/")
+    if any(argument in ("-h", "--help") for argument in arguments[:1]):
+        description = CONFIG_HELP.format(summary=summary, kinds=KINDS[kind.__name__])
+        tyro.cli(kind, args=["--help"], prog=f"jgrpo {command} CONFIG.py", description=description)
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"the config file comes first: jgrpo {command} CONFIG.py [OPTIONS]; configs/ has examples")
     config = load_config(arguments[0])
-    kind = kind or RunConfig
     if not isinstance(config, kind):
-        raise UserError(f"{arguments[0]} gives a {type(config).__name__}; jgrpo {command} needs a {kind.__name__}")
+        given = KINDS[type(config).__name__]
+        raise UserError(f"{arguments[0]} returns {given}, and jgrpo {command} needs {KINDS[kind.__name__]}")
     return config, arguments[1:]
 
 
@@ -72,8 +89,9 @@ def run_grpo(arguments: list[str]) -> None:
     from jgrpo.config import GRPOConfig
     from jgrpo.train_grpo import train_grpo
 
-    config, rest = read_config("grpo", arguments, GRPOConfig)
-    train_grpo(override(config, rest, prog=f"jgrpo grpo {arguments[0]}"))
+    config, rest = read_config("grpo", arguments, GRPOConfig, "Train by Group Relative Policy Optimization.")
+    config = override(config, rest, prog=f"jgrpo grpo {arguments[0]}")
+    until_stopped(train_grpo, config)
 
 
 def run_sft(arguments: list[str]) -> None:
@@ -81,37 +99,57 @@ def run_sft(arguments: list[str]) -> None:
     from jgrpo.config import SFTConfig
     from jgrpo.train_sft import train_sft
 
-    config, rest = read_config("sft", arguments, SFTConfig)
-    train_sft(override(config, rest, prog=f"jgrpo sft {arguments[0]}"))
+    config, rest = read_config("sft", arguments, SFTConfig, "Train on the references.")
+    config = override(config, rest, prog=f"jgrpo sft {arguments[0]}")
+    until_stopped(train_sft, config)
+
+
+def until_stopped(train: Callable, config) -> None:
+    """Train; leave with the status that a shell gives to SIGTERM if that came."""
+    from jgrpo.runtime.stop import Stopped
+
+    try:
+        train(config)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 def run_eval(arguments: list[str]) -> None:
-    """Evaluate the policy of a run, or its base where it has none yet, on the config's test manifests."""
-    from jgrpo.config import with_model
+    """Evaluate a run's policy, its base where it has none yet, or another model on the config's test manifests."""
+    from jgrpo.config import RunConfig, with_model
     from jgrpo.setup import evaluate_model
 
-    config, rest = read_config("eval", arguments)
-    policy = None
-    if "--policy" in rest:
-        at = rest.index("--policy")
-        if at + 1 == len(rest):
-            raise UserError("--policy needs the path of a model directory")
-        policy = Path(rest.pop(at + 1))
-        rest.pop(at)
+    summary = (
+        "Corpus BLEU on the manifests of data.test: of the policy in the run directory, of the base where there is "
+        "none yet, or of the model directory given as --policy MODEL."
+    )
+    config, rest = read_config("eval", arguments, RunConfig, summary)
+    parser = argparse.ArgumentParser(prog=f"jgrpo eval {arguments[0]}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--policy", type=Path, metavar="MODEL")
+    chosen, rest = parser.parse_known_args(rest)
     config = override(config, rest, prog=f"jgrpo eval {arguments[0]} [--policy MODEL]")
-    if not config.data.test:
-        raise UserError("data.test names no manifest; give one: --data.test FILE.jsonl")
-    trained = Path(config.run_dir) / "policy"
-    policy = policy or (trained if trained.exists() else None)
-    if policy is not None:
-        config = with_model(config, policy)
-    print(f"evaluating {config.model.path}")
     manifests = {Path(path).stem: path for path in config.data.test}
-    out = Path(config.run_dir) / "eval" / ("policy" if policy == trained else Path(config.model.path).name)
-    results = evaluate_model(config, manifests, out=out)
-    for name, result in results.items():
+    if not manifests:
+        raise UserError("data.test names no manifest; give one: --data.test FILE.jsonl")
+    if len(manifests) < len(config.data.test):
+        raise UserError(f"results go by file name, and data.test has one twice: {', '.join(config.data.test)}")
+    trained = Path(config.run_dir) / "policy"
+    policy = chosen.policy or (trained if trained.exists() else None)
+    if policy is None:
+        print(f"{trained} does not exist yet: evaluating the base, {config.model.path}")
+    else:
+        config = with_model(config, policy)
+        print(f"evaluating {policy}")
+    out = Path(config.run_dir) / "eval" / result_name(Path(config.model.path), trained)
+    for name, result in evaluate_model(config, manifests, out=out).items():
         print(describe(name, result))
     print(f"predictions and results.json are in {out}")
+
+
+def result_name(model: Path, trained: Path) -> str:
+    """Return the directory of a model's results; a policy of another run goes by that run's name."""
+    return model.parent.name if model.name == "policy" and model != trained else model.name
 
 
 def describe(name: str, result: dict) -> str:
@@ -129,7 +167,7 @@ def describe(name: str, result: dict) -> str:
 class GenerateOptions:
     """Ask a model about an audio file."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A Hugging Face directory or an Orbax model directory."""
     audio: tuple[str, ...]
     """Audio file (wav, flac, mp3, ogg); one per <|audio|> in the prompt."""
@@ -157,17 +195,17 @@ def run_generate(arguments: list[str]) -> None:
     import jax
 
     from model_port import Processor, generate, load_model
+    from model_port.generate import check_sampling
 
+    sampling = {name: getattr(options, name) for name in ("num_samples", "max_new_tokens", "temperature", "top_p")}
+    check_sampling(**sampling)
     processor = Processor.from_pretrained(options.model)
     batch = processor(audio=list(options.audio), prompts=[options.prompt], system=options.system)
     out = generate(
         load_model(options.model, dtype=options.dtype),
         batch,
         key=jax.random.key(options.seed),
-        num_samples=options.num_samples,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
+        **sampling,
     )
     for text in processor.decode(out)[0]:
         print(text.strip())

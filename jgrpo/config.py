@@ -5,15 +5,20 @@ directory the command is started in.
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import json
+import re
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jgrpo.checks import check_least, check_types
 from jgrpo.core.advantages import SCALES
 from jgrpo.core.kl import ESTIMATORS
 from jgrpo.core.losses import IMPORTANCE, LOSS_TYPES
+from model_port.config import LORA_TARGETS
 from model_port.errors import UserError
 from model_port.generate import check_sampling
 from model_port.partition import MeshConfig, check_divides
@@ -57,8 +62,12 @@ class DataOptions:
     """Seconds that clips are padded to: the smallest that holds a batch. A longer clip is an error."""
     max_prompt_tokens: int = 256
     """Text tokens of a prompt, audio not counted; a longer prompt is an error."""
+    system: str | None = None
+    """System message of all prompts; none by default, whatever the chat template would invent."""
     cache_features: bool = False
     """Keep the features of every clip in host memory after the first epoch."""
+    cache_encoder: bool = False
+    """Run the frozen encoder once over all clips when the run starts, and keep its output in host memory."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,28 @@ class GRPOOptions:
     """One weight per component; all 1 when left out."""
 
 
+# The least value of fields that are counts or sizes.
+LEAST = {
+    "num_steps": 1,
+    "prompts_per_step": 1,
+    "micro_batches": 1,
+    "max_completion_tokens": 1,
+    "seed": 0,
+    "completions_every": 0,
+    "max_skipped_updates": 0,
+    "model.lora_rank": 1,
+    "model.logprob_chunk": 1,
+    "data.max_prompt_tokens": 1,
+    "eval.every": 0,
+    "eval.batch_size": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "mesh.data": 1,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What supervised fine-tuning and GRPO have in common."""
@@ -180,16 +211,8 @@ class RunConfig:
         Raises:
             UserError: the first rule that does not hold.
         """
-        for name, least in (
-            ("num_steps", 1),
-            ("prompts_per_step", 1),
-            ("micro_batches", 1),
-            ("max_completion_tokens", 1),
-            ("seed", 0),
-            ("completions_every", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_types(self)
+        check_least(self, LEAST)
         if self.prompts_per_step % self.micro_batches:
             raise UserError(
                 f"prompts_per_step {self.prompts_per_step} must be a multiple of micro_batches {self.micro_batches}"
@@ -210,6 +233,9 @@ class RunConfig:
             )
         if not self.data.audio_buckets or list(self.data.audio_buckets) != sorted(set(self.data.audio_buckets)):
             raise UserError(f"data.audio_buckets must be rising seconds, got {self.data.audio_buckets}")
+        unknown = sorted(set(self.model.lora_targets) - set(LORA_TARGETS))
+        if unknown:
+            raise UserError(f"model.lora_targets names {', '.join(unknown)}; allowed are {', '.join(LORA_TARGETS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +253,7 @@ class GRPOConfig(RunConfig):
         """See RunConfig.validate."""
         super().validate()
         grpo = self.grpo
+        check_least(self, {f"grpo.{name}": 0 for name in ("beta", "epsilon_low", "epsilon_high")})
         check_sampling(
             num_samples=grpo.num_samples,
             max_new_tokens=self.max_completion_tokens,
@@ -238,6 +265,11 @@ class GRPOConfig(RunConfig):
         if grpo.temperature == 0:
             raise UserError(
                 "grpo.temperature is 0: greedy samples of a prompt are all alike; use a positive temperature"
+            )
+        if grpo.loss_type == "cispo" and grpo.epsilon_high <= 1:
+            raise UserError(
+                f"grpo.epsilon_high is {grpo.epsilon_high}: with cispo it is the bound on the ratio itself; "
+                "use a number above 1, such as 5"
             )
         if grpo.num_iterations < 1:
             raise UserError(f"grpo.num_iterations must be at least 1, got {grpo.num_iterations}")
@@ -267,16 +299,33 @@ def load_config(path: str | Path) -> RunConfig:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError("it does not define get_config(); see the project's own in configs/")
         config = module.get_config()
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(f"config file {path} failed: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise UserError(f"config file {where}: {_explain(error)}") from error
     if not isinstance(config, RunConfig):
         raise UserError(
             f"get_config() of {path} returned a {type(config).__name__}; return an SFTConfig or a GRPOConfig"
         )
+    check_types(config)
     return config
+
+
+def _explain(error: Exception) -> str:
+    """Return what went wrong in a config file; of an unknown field, which ones there are."""
+    if isinstance(error, UserError):
+        return str(error)
+    unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    kind = globals().get(unknown[1]) if unknown else None
+    if not dataclasses.is_dataclass(kind):
+        return f"{type(error).__name__}: {error}"
+    names = [field.name for field in dataclasses.fields(kind)]
+    close = difflib.get_close_matches(unknown[2], names, n=1)
+    guess = f"; did you mean {close[0]}?" if close else "."
+    return f"{unknown[1]} has no field {unknown[2]}{guess} It has {', '.join(names)}"
 
 
 def with_model(config: RunConfig, path: str | Path) -> RunConfig:
@@ -286,30 +335,48 @@ def with_model(config: RunConfig, path: str | Path) -> RunConfig:
 
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
-FREE_TO_CHANGE = ("run_dir", "mesh", "eval", "checkpoint", "completions_every", "max_skipped_updates")
+FREE_TO_CHANGE = (
+    "run_dir",
+    "mesh",
+    "eval",
+    "checkpoint",
+    "completions_every",
+    "max_skipped_updates",
+    "data.validation",
+    "data.test",
+    "data.cache_features",
+)
+
+
+def check_same_run(config: RunConfig, path: Path) -> None:
+    """Raise a UserError if the file that `save_config` wrote describes another run; it names the fields that differ."""
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, or use another --run-dir") from error
+    old, new = _flatten(saved), _flatten(_resolved(config))
+    changed = [
+        name
+        for name in {**old, **new}
+        if old.get(name) != new.get(name) and not f"{name}.".startswith(tuple(f"{free}." for free in FREE_TO_CHANGE))
+    ]
+    if changed:
+        lines = "\n".join(f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in changed)
+        raise UserError(
+            f"{path.parent} holds a run with another config:\n{lines}\nuse another --run-dir or the same config"
+        )
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved config as JSON, with the kind of run.
+    """Write the resolved config as JSON, with the kind of run."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(_resolved(config), indent=2) + "\n")
+    partial.replace(path)
 
-    Raises:
-        UserError: the file is there already and describes another run; it names the fields that differ.
-    """
-    resolved: dict[str, Any] = {"kind": type(config).__name__, **dataclasses.asdict(config)}
-    text = json.dumps(resolved, indent=2) + "\n"
-    if path.exists():
-        old, new = (
-            _flatten({k: v for k, v in json.loads(t).items() if k not in FREE_TO_CHANGE})
-            for t in (path.read_text(), text)
-        )
-        changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        if changed:
-            lines = "\n".join(f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in changed)
-            raise UserError(
-                f"{path.parent} holds a run with another config:\n{lines}\nuse another --run-dir or the same config"
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+
+def _resolved(config: RunConfig) -> dict[str, Any]:
+    """Return the config as JSON gives it back."""
+    return json.loads(json.dumps({"kind": type(config).__name__, **dataclasses.asdict(config)}))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,12 +7,11 @@ completions. The files come from demo/ and configs/, so it runs from the root of
 import dataclasses
 import json
 import shutil
-import statistics
 from pathlib import Path
 from typing import Any
 
 from jgrpo.config import RunConfig, load_config, with_model
-from jgrpo.report import completions_text, draw_curves, read_metrics, results_table
+from jgrpo.report import completions_text, draw_curves, read_metrics, results_table, step_seconds
 from jgrpo.runtime.timer import PhaseTimer
 from jgrpo.setup import evaluate_model
 from jgrpo.train_grpo import train_grpo
@@ -93,9 +92,8 @@ def for_seconds(config: RunConfig, seconds: float) -> RunConfig:
 
 
 def training_seconds(run_dir: Path) -> float:
-    """Return a run's seconds in its steps, evaluation and compilation left out: the first step counts as the median."""
-    seconds = [row["seconds"] for row in read_metrics(run_dir)]
-    return sum(seconds[1:]) + statistics.median(seconds)
+    """Return a run's seconds in its steps, evaluation and compilation left out."""
+    return float(step_seconds(read_metrics(run_dir)).sum())
 
 
 def evaluate(config: RunConfig, model: Path, run_dir: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from jgrpo.config import EvalOptions
 from jgrpo.data.pipeline import PromptData
+from jgrpo.encode import ClipEncoder
 from jgrpo.rewards.bleu import BleuOptions, corpus_bleu
 from jgrpo.steps import Programs, place
 from model_port.params import Params
@@ -65,6 +66,7 @@ class Evaluation:
 
 def evaluate(
     programs: Programs,
+    encode: ClipEncoder,
     params: Params,
     frozen: Params,
     data: PromptData,
@@ -81,7 +83,7 @@ def evaluate(
     rows = []
     for prompts in data.epoch():
         batch = place(prompts.batch, mesh)
-        encoded = programs.encode(params, frozen, batch)
+        encoded = encode(params, data, prompts, batch)
         passes = []
         for chosen, temperature, top_p in (
             (seeds, options.temperature, options.top_p),

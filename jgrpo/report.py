@@ -16,6 +16,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
+def step_seconds(rows: list[dict[str, Any]]) -> np.ndarray:
+    """Return the seconds of every step without compilation: the first step counts as the median one."""
+    seconds = np.array([row["seconds"] for row in rows])
+    seconds[0] = np.median(seconds)
+    return seconds
+
+
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a Markdown table: corpus BLEU sampled (mean ± deviation over seeds) and greedy, known and new voices."""
     first = next(iter(results.values()))
@@ -70,7 +77,7 @@ def draw_curves(runs: Mapping[str, Path], path: Path) -> None:
             line = left.plot(steps, reward, alpha=0.25)[0]
             smooth = np.convolve(reward, np.ones(window) / window, mode="valid")
             left.plot(steps[window - 1 :], smooth, color=line.get_color(), label=f"{name}, mean of {window} steps")
-        seconds = np.cumsum([row["seconds"] for row in rows])
+        seconds = np.cumsum(step_seconds(rows))
         points = [(at, row["eval/bleu"]) for at, row in zip(seconds, rows, strict=True) if "eval/bleu" in row]
         if points:
             right.plot(*zip(*points, strict=True), marker="o", label=name)

@@ -1,5 +1,7 @@
 """From a config to the parts of a run; the only place that knows all rooms."""
 
+import contextlib
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -11,14 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jgrpo.config import RunConfig, save_config
+from jgrpo.config import ModelOptions, RunConfig, check_same_run, save_config
 from jgrpo.data.manifest import read_manifest
 from jgrpo.data.pipeline import PromptData
+from jgrpo.encode import ClipEncoder
 from jgrpo.evaluate import Evaluation, evaluate, write_predictions
 from jgrpo.runtime.checkpoint import RunCheckpoints
 from jgrpo.runtime.metrics import MetricsWriter
 from jgrpo.runtime.optimiser import make_optimiser
 from jgrpo.runtime.progress import Progress
+from jgrpo.runtime.stop import Stopped, StopRequest
 from jgrpo.runtime.timer import PhaseTimer
 from jgrpo.steps import Objective, Programs, TrainState, make_programs, sft_objective
 from model_port.config import LoraConfig
@@ -27,7 +31,9 @@ from model_port.lora import add_lora
 from model_port.params import ModelDef, Params, select, split_model
 from model_port.partition import make_mesh, param_shardings
 from model_port.processor import Processor
-from model_port.weights.convert import load_model, save_model
+from model_port.weights.convert import directory_kind, load_model, save_model
+from model_port.weights.side_files import read_config
+from model_port.weights.tree import abstract_model
 
 
 @dataclass
@@ -49,6 +55,7 @@ class Run:
     config: RunConfig
     policy: Policy
     programs: Programs
+    encode: ClipEncoder
     data: PromptData
     validation: PromptData | None
     state: TrainState
@@ -56,6 +63,7 @@ class Run:
     checkpoints: RunCheckpoints
     metrics: MetricsWriter
     progress: Progress
+    stop: StopRequest
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     step: int = 0
     skipped: int = 0
@@ -65,6 +73,15 @@ class Run:
     def directory(self) -> Path:
         """The run directory."""
         return Path(self.config.run_dir)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Close the files; a checkpoint that is being written is finished."""
+        with contextlib.ExitStack() as stack:
+            for part in (self.stop, self.metrics, self.checkpoints, self.progress):
+                stack.callback(part.close)
 
 
 def read_data(config: RunConfig, path: str, processor: Processor, *, rows: int, references: bool) -> PromptData:
@@ -77,10 +94,32 @@ def read_data(config: RunConfig, path: str, processor: Processor, *, rows: int, 
         audio_buckets_seconds=data.audio_buckets,
         max_prompt_tokens=data.max_prompt_tokens,
         completion_tokens=config.max_completion_tokens if references else None,
+        system=data.system,
         cache=data.cache_features,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def fresh_adapter(options: ModelOptions) -> LoraConfig:
+    """Return the adapter that `lora = "fresh"` asks for."""
+    return LoraConfig(rank=options.lora_rank, alpha=options.lora_alpha, target_modules=options.lora_targets)
+
+
+def check_model(options: ModelOptions, mesh: Mesh) -> None:
+    """Check by the model's config alone, before its weights are read, that it fits the mesh and `trainable` its names.
+
+    Raises:
+        UserError: no model directory, a dimension that the mesh does not divide, or a pattern that matches nothing.
+    """
+    directory_kind(options.path)
+    config = read_config(options.path, adapter=options.lora == "keep")
+    if options.lora == "fresh":
+        config = dataclasses.replace(config, lora=fresh_adapter(options))
+    # Only the weights tell whether the head is tied; an untied one has every name that there can be.
+    model = abstract_model(dataclasses.replace(config, tie_word_embeddings=False))
+    param_shardings(nnx.state(model), mesh)
+    select(split_model(model)[0], options.trainable)
 
 
 def load_policy(config: RunConfig, processor: Processor) -> Policy:
@@ -90,8 +129,7 @@ def load_policy(config: RunConfig, processor: Processor) -> Policy:
     fresh = options.lora == "fresh"
     model = load_model(options.path, dtype=options.dtype, lora="merge" if fresh else options.lora, mesh=mesh)
     if fresh:
-        adapter = LoraConfig(rank=options.lora_rank, alpha=options.lora_alpha, target_modules=options.lora_targets)
-        add_lora(model, adapter, rngs=nnx.Rngs(config.seed))
+        add_lora(model, fresh_adapter(options), rngs=nnx.Rngs(config.seed))
     shardings = param_shardings(nnx.state(model), mesh)
     definition, params = split_model(model)
     params = {name: jax.device_put(value, shardings[name]) for name, value in params.items()}
@@ -133,33 +171,43 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
         UserError: whatever the user can mend, before any work on the device where that is possible.
     """
     config.validate()
-    make_mesh(config.mesh)
+    make_optimiser(updates, **vars(config.optimiser))
+    mesh = make_mesh(config.mesh)
     processor = Processor.from_pretrained(config.model.path)
+    check_model(config.model, mesh)
     data = read_data(config, config.data.train, processor, rows=config.prompts_per_step, references=references)
     validation = None
     if config.eval.every:
         rows = config.eval.batch_size
         validation = read_data(config, config.data.validation, processor, rows=rows, references=False)
     directory = Path(config.run_dir)
-    save_config(config, directory / "config.json")
+    checkpoints = open_run_dir(config, directory)
     policy = load_policy(config, processor)
+    if config.data.cache_encoder and any(name.startswith("encoder.") for name in policy.trained):
+        raise UserError("data.cache_encoder is on but model.trainable has the encoder in it; switch one of them off")
     programs = policy_programs(policy, objective, updates=updates)
     params = {name: jnp.array(value, jnp.float32, copy=True) for name, value in policy.trained.items()}
     state = programs.init(params)
-    checkpoints = RunCheckpoints(
-        directory / "checkpoints", keep=config.checkpoint.keep, save_every=config.checkpoint.every
-    )
     step, host = 0, {}
     if checkpoints.latest_step() is not None:
         restored = checkpoints.restore(state)
         state, step, host = restored.arrays, restored.step, restored.host
+    encode = ClipEncoder(programs, policy.frozen, policy.mesh)
+    if config.data.cache_encoder:
+        for part in (data, validation):
+            if part is not None:
+                encode.keep(state.params, part)
+    if jax.process_index() == 0:
+        save_config(config, directory / "config.json")
     progress = Progress(config.num_steps, done=step)
     if step:
-        progress.note(f"resuming {directory} after step {step}")
+        done = "has done all its steps" if step >= config.num_steps else f"goes on after step {step}"
+        progress.note(f"{directory} {done}")
     return Run(
         config=config,
         policy=policy,
         programs=programs,
+        encode=encode,
         data=data,
         validation=validation,
         state=state,
@@ -167,26 +215,44 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
         checkpoints=checkpoints,
         metrics=MetricsWriter(directory, step + 1, process_index=jax.process_index()),
         progress=progress,
+        stop=StopRequest(),
         step=step,
         skipped=host.get("skipped", 0),
         best=host.get("best"),
     )
 
 
+def open_run_dir(config: RunConfig, directory: Path) -> RunCheckpoints:
+    """Make the run directory, or check that the run which has saved something there is this one.
+
+    Raises:
+        UserError: another run's checkpoints, or a directory that cannot be made.
+    """
+    saved = directory / "config.json"
+    if saved.exists() and any(entry.name.isdigit() for entry in (directory / "checkpoints").glob("*")):
+        check_same_run(config, saved)
+    keep, every = config.checkpoint.keep, config.checkpoint.every
+    try:
+        return RunCheckpoints(directory / "checkpoints", keep=keep, save_every=every)
+    except OSError as error:
+        raise UserError(f"cannot write to the run directory {directory} ({error}); choose another --run-dir") from error
+
+
 def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> None:
-    """Count the step, write its metrics, evaluate and save where it is time."""
+    """Count the step, evaluate where it is time, write its metrics, save, and stop if that is asked for.
+
+    Raises:
+        UserError: more updates than allowed were skipped.
+        Stopped: SIGTERM came.
+    """
     config = run.config
     run.step += 1
     if metrics["skipped"]:
         run.skipped += 1
         run.progress.note(
-            f"step {run.step}: loss or gradient is not finite; the update was skipped ({run.skipped} so far)"
+            f"step {run.step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}: not finite, so the update was "
+            f"skipped ({run.skipped} so far)"
         )
-        if run.skipped > config.max_skipped_updates:
-            raise UserError(
-                f"step {run.step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}; {run.skipped} updates "
-                "were skipped for a non-finite loss or gradient, more than max_skipped_updates; lower the learning rate"
-            )
     last = run.step == config.num_steps
     if run.validation is not None and (run.step % config.eval.every == 0 or last):
         with run.timer("evaluate"):
@@ -196,8 +262,25 @@ def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> N
     metrics |= {f"seconds/{phase}": value for phase, value in seconds.items()}
     run.metrics.write(run.step, metrics)
     run.progress.update(run.step, shown)
+    reason = why_stop(run, metrics)
     host = {"skipped": run.skipped, "best": run.best, "data": {"next_index": run.step, "seed": config.seed}}
-    run.checkpoints.save(run.step, run.state, host, force=last)
+    run.checkpoints.save(run.step, run.state, host, force=last or reason is not None)
+    if reason is not None:
+        raise reason
+
+
+def why_stop(run: Run, metrics: dict[str, Any]) -> Exception | None:
+    """Return what ends the run before its last step, if anything does."""
+    config = run.config
+    if metrics["skipped"] and run.skipped > config.max_skipped_updates:
+        return UserError(
+            f"step {run.step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}; {run.skipped} updates were "
+            f"skipped for a non-finite loss or gradient and max_skipped_updates is {config.max_skipped_updates}; "
+            "start again in another --run-dir with a lower --optimiser.learning-rate"
+        )
+    if run.stop.asked() and run.step < config.num_steps:
+        return Stopped(f"stopped after step {run.step}, which is saved; the same command goes on from there")
+    return None
 
 
 def validate(run: Run) -> float:
@@ -214,6 +297,7 @@ def evaluate_policy(run: Run, data: PromptData, *, seeds: tuple[int, ...], greed
     policy, config = run.policy, run.config
     return evaluate(
         run.programs,
+        run.encode,
         run.state.params,
         policy.frozen,
         data,
@@ -242,17 +326,19 @@ def save_policy(run: Run) -> None:
         only=tuple(trained),
     )
     if jax.process_index() == 0:
-        shutil.rmtree(final, ignore_errors=True)
+        # Two renames: a kill between them leaves no policy/, but a run that goes on writes it again.
+        old = run.directory / "policy.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
         aside.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def finish_run(run: Run) -> None:
-    """Save what is left to save and close the files."""
+    """Save the last policy, unless the best one on the validation set is there."""
     if run.validation is None:
         save_policy(run)
-    run.checkpoints.close()
-    run.metrics.close()
-    run.progress.close()
 
 
 def evaluate_model(config: RunConfig, manifests: dict[str, str], *, out: Path) -> dict[str, Any]:
@@ -269,6 +355,7 @@ def evaluate_model(config: RunConfig, manifests: dict[str, str], *, out: Path) -
     for name, data in sets.items():
         result = evaluate(
             programs,
+            ClipEncoder(programs, policy.frozen, policy.mesh),
             policy.trained,
             policy.frozen,
             data,

@@ -171,7 +171,7 @@ def make_programs(
         (grads, sums, peaks), _ = jax.lax.scan(add, zeros, pieces)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         new = TrainState(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         sound = all_finite((sums["loss"], norm))
         metrics = {**sums, **peaks, "grad_norm": norm, "skipped": 1.0 - sound.astype(jnp.float32)}
         return select_tree(sound, new, state), metrics

@@ -15,25 +15,27 @@ def train_sft(config: SFTConfig) -> Run:
     run = start_run(config, sft_objective(), updates=config.num_steps, references=True)
     policy, programs, timer = run.policy, run.programs, run.timer
 
-    stream = run.data.stream(seed=config.seed, start_step=run.step)
-    while run.step < config.num_steps:
-        started = time.perf_counter()
-        with timer("data"):
-            prompts = next(stream)
-            batch = place(prompts.batch, policy.mesh)
-            targets = place(reference_targets(prompts.reference_tokens, prompts.reference_mask), policy.mesh)
-        with timer("encode"):
-            encoded = jax.block_until_ready(programs.encode(run.state.params, policy.frozen, batch))
-        with timer("update"):
-            run.state, metrics = programs.update(run.state, policy.frozen, batch, encoded, targets)
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    with run:  # closes its files, whatever happens
+        stream = run.data.stream(seed=config.seed, start_step=run.step)
+        while run.step < config.num_steps:
+            started = time.perf_counter()
+            with timer("data"):
+                prompts = next(stream)
+                batch = place(prompts.batch, policy.mesh)
+                targets = place(reference_targets(prompts.reference_tokens, prompts.reference_mask), policy.mesh)
+            with timer("encode"):
+                encoded = jax.block_until_ready(run.encode(run.state.params, run.data, prompts, batch))
+            with timer("update"):
+                run.state, metrics = programs.update(run.state, policy.frozen, batch, encoded, targets)
+                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
 
-        del metrics["logp_drift"], metrics["logp_drift_max"]  # nothing was sampled, so there is nothing to drift from
-        seconds, tokens = time.perf_counter() - started, int(prompts.reference_mask.sum())
-        metrics |= {"num_tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
-        metrics["completions/mean_length"] = float(prompts.reference_mask.sum(-1).mean())
-        finish_step(run, metrics, {"loss": metrics["loss"], "tokens/s": metrics["tokens_per_second"]})
-    finish_run(run)
+            # Nothing was sampled, so there is nothing to drift from.
+            del metrics["logp_drift"], metrics["logp_drift_max"]
+            seconds, tokens = time.perf_counter() - started, int(prompts.reference_mask.sum())
+            metrics |= {"num_tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
+            metrics["completions/mean_length"] = float(prompts.reference_mask.sum(-1).mean())
+            finish_step(run, metrics, {"loss": metrics["loss"], "tokens/s": metrics["tokens_per_second"]})
+        finish_run(run)
     return run
 
 

@@ -20,13 +20,13 @@ def generate(
     key: Array | None = None,
     num_samples: int = 1,
     max_new_tokens: int = 200,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    temperature: float | int = 1.0,
+    top_p: float | int = 1.0,
 ) -> Completions:
     """Sample `num_samples` completions of at most `max_new_tokens` tokens for every prompt.
 
     Args:
-        key: a typed PRNG key (`jax.random.key`). Greedy decoding needs none.
+        key: a PRNG key (`jax.random.key(seed)`). Greedy decoding needs none.
         temperature: 0 decodes greedily.
         top_p: sample from the smallest set of tokens that holds this probability mass.
 
@@ -38,12 +38,14 @@ def generate(
         if temperature > 0:
             raise UserError("sampling needs a key: pass key=jax.random.key(seed), or temperature=0 for greedy decoding")
         key = jax.random.key(0)
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
     keys = row_keys(key, num_prompts=batch.tokens.shape[0], num_samples=num_samples)
     options = {"num_tokens": max_new_tokens, "temperature": float(temperature), "top_p": float(top_p)}
     return _generate(*nnx.split(model), batch, keys, **options)
 
 
-def check_sampling(*, num_samples: int, max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_sampling(*, num_samples: int, max_new_tokens: int, temperature: float | int, top_p: float | int) -> None:
     """Raise UserError for a sampling option out of range."""
     for name, value, wrong, allowed in (
         ("num_samples", num_samples, num_samples < 1, "at least 1"),

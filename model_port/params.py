@@ -32,7 +32,7 @@ class ModelDef:
         return nnx.merge(self.graph, jax.tree.unflatten(self.structure, [merged[name] for name in self.names]))
 
 
-def split_model(model: GraniteSpeech) -> tuple[ModelDef, Params]:
+def split_model(model: GraniteSpeech) -> tuple[ModelDef, Params | dict[str, jax.ShapeDtypeStruct]]:
     """Return a model's definition and its arrays by dotted path, e.g. `decoder.layers.mlp.up_proj.kernel`."""
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)

@@ -198,7 +198,7 @@ class Processor:
         """
         lengths = [[len(clip) for clip in row] for row in clips]
         A = _padded("audio frames", audio_frames, [max(row, default=0) for row in lengths])
-        # Without any clip there is no clip axis to speak of (C = 0): that is how a model knows to leave the adapter off.
+        # C is 0 for a batch without any clip: that is how a model knows to leave the adapter off.
         C = _padded("clips", num_clips, [len(row) for row in lengths], least=0)
         rows = [self._expand(row, n, self.num_slots(A)) for row, n in zip(tokens, lengths, strict=True)]
         L = _padded("prompt tokens, audio included,", prompt_tokens, [len(ids) for ids, _ in rows])

@@ -7,11 +7,19 @@ import torch
 import transformers
 from packaging.version import Version
 
-from model_port.config import LORA_TARGETS, DecoderConfig, EncoderConfig, GraniteSpeechConfig, LoraConfig, ProjectorConfig
+from model_port.config import (
+    LORA_TARGETS,
+    DecoderConfig,
+    EncoderConfig,
+    GraniteSpeechConfig,
+    LoraConfig,
+    ProjectorConfig,
+)
 from model_port.weights.convert import load_model
 from tests.hf_tiny import make_hf_model, save_hf_dir
 
-# No two sizes that could be confused are equal, and every multiplier differs from 1.
+# No two sizes that could be confused are equal, every multiplier differs from 1, and every epsilon is large enough to
+# be seen.
 LORA = GraniteSpeechConfig(
     encoder=EncoderConfig(
         hidden_dim=24,
@@ -25,7 +33,12 @@ LORA = GraniteSpeechConfig(
         conv_kernel_size=7,
     ),
     projector=ProjectorConfig(
-        hidden_size=28, num_hidden_layers=2, num_attention_heads=4, intermediate_size=44, encoder_hidden_size=24
+        hidden_size=28,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=44,
+        encoder_hidden_size=24,
+        layer_norm_eps=1e-3,
     ),
     decoder=DecoderConfig(
         vocab_size=97,
@@ -35,7 +48,7 @@ LORA = GraniteSpeechConfig(
         num_key_value_heads=2,
         intermediate_size=52,
         rope_theta=1e5,
-        rms_norm_eps=1e-5,
+        rms_norm_eps=1e-3,
         embedding_multiplier=3.0,
         residual_multiplier=0.6,
         attention_multiplier=0.25,
@@ -45,7 +58,8 @@ LORA = GraniteSpeechConfig(
     lora=LoraConfig(rank=4, alpha=6.0),
     audio_token_id=96,
 )
-UNTIED = dataclasses.replace(LORA, lora=LoraConfig(rank=3, alpha=6.0, target_modules=LORA_TARGETS), tie_word_embeddings=False)
+ALL_LINEAR = LoraConfig(rank=3, alpha=6.0, target_modules=LORA_TARGETS)
+UNTIED = dataclasses.replace(LORA, lora=ALL_LINEAR, tie_word_embeddings=False)
 # Layer 0 is the input projection; layer 2 of 4 is the middle one, whose export contains the CTC feedback.
 PLUS = dataclasses.replace(
     LORA,
@@ -53,6 +67,9 @@ PLUS = dataclasses.replace(
     projector=dataclasses.replace(LORA.projector, encoder_hidden_size=4 * 24),
     lora=None,
 )
+
+# What several adapters with large random weights leave of float32 in the logits.
+LOGITS = 3e-5
 
 # transformers 5.10 to 5.23 return lm_head(hidden) without the division by logits_scaling.
 DIVIDES = Version(transformers.__version__) < Version("5.10")

@@ -9,7 +9,7 @@ import torch
 from model_port.params import split_model
 from model_port.weights.convert import build_model
 from tests.invariance.tiny import make_batch
-from tests.parity.pairs import DIVIDES, hf_logits
+from tests.parity.pairs import DIVIDES, LOGITS, hf_logits
 
 pytestmark = pytest.mark.parity
 
@@ -29,7 +29,7 @@ def test_logits_of_text(request, close, pair, adapter):
     batch = make_batch(model.config, PROMPTS)
     logits = model(batch, use_lora=adapter)
     for p, row in enumerate(expected):
-        close(f"text logits, {pair}{'' if adapter else ' off'}", logits[p, : len(row)], row)
+        close(f"text logits, {pair}{'' if adapter else ' off'}", logits[p, : len(row)], row, LOGITS)
 
 
 def test_the_adapter_is_off_without_audio(lora, close):
@@ -40,7 +40,9 @@ def test_the_adapter_is_off_without_audio(lora, close):
     np.testing.assert_array_equal(model(batch), off)
     assert np.abs(model(batch, use_lora=True) - off)[0, : len(PROMPTS[0])].max() > 0.1
     with torch.no_grad():
-        tokens = reference.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+        tokens = reference.generate(
+            torch.tensor([PROMPTS[0]]), max_new_tokens=1, return_dict_in_generate=True, output_logits=True
+        )
     reference.enable_adapters()
     scale = 1.0 if DIVIDES else model.config.decoder.logits_scaling
     close("text logits, lora off", off[0, len(PROMPTS[0]) - 1], tokens.logits[0][0] / scale)

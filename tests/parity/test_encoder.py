@@ -27,7 +27,8 @@ def part(model, index):
 def streams():
     """Hidden states of four clips [A, E], and all of them padded with garbage to [4, PADDED, E] with their mask."""
     rng = np.random.default_rng(0)
-    alone = [rng.normal(size=(length, 24)).astype(np.float32) for length in LENGTHS]
+    # So small that the epsilon of a LayerNorm counts.
+    alone = [rng.normal(scale=0.02, size=(length, 24)).astype(np.float32) for length in LENGTHS]
     padded = rng.normal(scale=30.0, size=(4, PADDED, 24)).astype(np.float32)
     for row, stream in zip(padded, alone, strict=True):
         row[: len(stream)] = stream
@@ -73,7 +74,7 @@ def test_encoder(request, close, pair):
             expected = reference.model.encoder(torch_of(features)[None]).last_hidden_state[0]
         assert expected.shape[1] == model.config.encoder.embedding_dim
         close(f"encoder, {pair}, padded", together[p, : len(features)], expected)
-        if pair == "lora":
+        if pair == "lora" and p in (0, 3):
             close(f"encoder, {pair}", run(features[None], jnp.array([len(features)]))[0], expected)
     assert not np.asarray(together)[~(np.arange(PADDED)[None] < batch.lengths)].any()
 
@@ -81,7 +82,7 @@ def test_encoder(request, close, pair):
 def test_the_middle_layer_is_exported_with_the_ctc_feedback(plus):
     """transformers adds the feedback in place to the tensor that it has already exported; the weights know it so."""
     _, model = plus
-    features = clip(CONTEXT)[None]
+    features = jnp.asarray(clip(CONTEXT))[None]
     _, taps = model.encoder.hidden_states(features, jnp.array([CONTEXT]))
     _, plain = model.encoder.hidden_states(features, jnp.array([CONTEXT]), taps=(2,), before_feedback=True)
     feedback = model.encoder.out_mid(jax.nn.softmax(model.encoder.out(plain[2]), axis=-1))

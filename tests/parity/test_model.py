@@ -9,7 +9,7 @@ from transformers import GraniteSpeechFeatureExtractor, GraniteSpeechProcessor
 from model_port.processor import Processor, _auto_tokenizer
 from tests.invariance.tiny import clip, make_batch
 from tests.model_port.toy_tokenizer import make_model_dir
-from tests.parity.pairs import LORA, hf_audio, hf_logits, make_pair
+from tests.parity.pairs import LOGITS, LORA, hf_audio, hf_logits, make_pair
 
 pytestmark = pytest.mark.parity
 
@@ -38,7 +38,7 @@ def test_logits_with_audio(request, close, pair):
     for p, prompt in enumerate(PROMPTS):
         clips = [item for item in prompt if not isinstance(item, int)]
         expected = hf_logits(reference, row_of(batch, p), clips)
-        close(f"logits with audio, {pair}", logits[p, : len(expected)], expected)
+        close(f"logits with audio, {pair}", logits[p, : len(expected)], expected, LOGITS)
 
 
 def test_audio_embeddings(lora, close):
@@ -73,4 +73,4 @@ def test_from_waveforms(tmp_path, close):
         text = tokenizer.apply_chat_template(roles, tokenize=False, add_generation_prompt=True)
         inputs = oracle([text], [wave], return_tensors="np")
         expected = hf_logits(reference, inputs["input_ids"][0], [inputs["input_features"][0]])
-        close("logits from waveforms", logits[p, : len(expected)], expected)
+        close("logits from waveforms", logits[p, : len(expected)], expected, LOGITS)

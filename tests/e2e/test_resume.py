@@ -1,0 +1,209 @@
+"""A run that is killed at any moment and started again ends like one that was not, to the last bit."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jgrpo import cli, setup
+from jgrpo.config import load_config
+from jgrpo.runtime.metrics import MetricsWriter
+from jgrpo.train_sft import train_sft
+from model_port.weights.orbax_files import read_orbax
+from tests.e2e.conftest import assert_same_bits, read_rows, saved_arrays, train, validated
+
+EVERY_STEP = ("--checkpoint.every", "1")
+
+# Kills its own process at the end of the call of a function for which `now(number of the call, arguments)` is true.
+SUICIDE = """
+import os, signal
+import user_rewards
+from jgrpo.runtime.checkpoint import RunCheckpoints
+
+def die(owner, name, now):
+    wrapped, calls = getattr(owner, name), []
+    def call(*args, **kwargs):
+        calls.append(name)
+        result = wrapped(*args, **kwargs)
+        if now(len(calls), args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, call)
+
+"""
+
+
+def timeless(path: Path) -> list[dict]:
+    """Read metrics without wall-clock times."""
+    rows = read_rows(path / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+
+
+def wait_for_lines(process, path: Path, count: int) -> int:
+    """Wait until a running process has written so many lines; return how many there are."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        lines = path.read_bytes().count(b"\n") if path.exists() else 0
+        if lines >= count:
+            return lines
+        time.sleep(0.002)
+    raise AssertionError(f"{path} does not get {count} lines")
+
+
+def test_grpo_killed_twice_is_the_same_run(work, grpo_run, capsys):
+    """Killed in the middle of step 3, between rollout and update, and while checkpoint 5 is written."""
+    run = work.root / "grpo_killed"
+    command = ("grpo", work.grpo, "--run-dir", run, *EVERY_STEP)
+    for victim, written in (
+        ("user_rewards, 'letter_e', lambda number, args: number == 3", 2),
+        ("RunCheckpoints, 'save', lambda number, args: args[1] == 5", 5),
+    ):
+        process = work.start(*command, before=f"{SUICIDE}die({victim})")
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, errors
+        assert [row["step"] for row in timeless(run)] == list(range(1, written + 1))
+    train(work.grpo, run, *EVERY_STEP)
+    assert re.search(r"grpo_killed goes on after step [45]\n", capsys.readouterr().out)
+    assert timeless(run) == timeless(grpo_run)
+    assert_same_bits(saved_arrays(run, 6), saved_arrays(grpo_run, 6))
+    assert_same_bits(read_orbax(run / "policy")[1], read_orbax(grpo_run / "policy")[1])
+    names = sorted(path.name for path in (run / "completions").iterdir())
+    assert names == ["step_000001.jsonl", "step_000003.jsonl", "step_000005.jsonl"]
+    for name in names:
+        assert (run / "completions" / name).read_bytes() == (grpo_run / "completions" / name).read_bytes()
+
+
+def test_sft_killed_terminated_and_damaged_is_the_same_run(work, sft_run, caplog, capsys):
+    """SIGKILL as soon as step 8 is logged, then SIGTERM, which saves, then a flipped bit in the newest checkpoint."""
+    run = work.root / "sft_killed"
+    options = ("--checkpoint.every", "4", *validated(work))
+    command = ("sft", work.sft, "--run-dir", run, *options)
+    process = work.start(*command)
+    wait_for_lines(process, run / "metrics.jsonl", 8)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+
+    process = work.start(*command)
+    wait_for_lines(process, run / "metrics.jsonl", 18)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    last = timeless(run)[-1]["step"]
+    assert 18 <= last < 40
+    assert f"stopped after step {last}, which is saved" in errors and "Traceback" not in errors
+
+    damage(run / "checkpoints" / str(last))
+    train(work.sft, run, *options)
+    assert f"goes on after step {(last - 1) // 4 * 4}" in capsys.readouterr().out
+    assert f"{last} is damaged, trying the one before" in caplog.text
+    assert timeless(run) == timeless(sft_run)
+    assert_same_bits(saved_arrays(run, 40), saved_arrays(sft_run, 40))
+
+
+def damage(checkpoint: Path) -> None:
+    """Flip a bit in the middle of the largest file."""
+    file = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_finished_run_started_again_changes_nothing(work, grpo_run, capsys):
+    before = timeless(grpo_run), saved_arrays(grpo_run, 6)
+    train(work.grpo, grpo_run)
+    assert f"{grpo_run} has done all its steps" in capsys.readouterr().out
+    assert timeless(grpo_run) == before[0]
+    assert_same_bits(saved_arrays(grpo_run, 6), before[1])
+
+
+def test_the_best_policy_is_kept_over_a_resume(work, monkeypatch):
+    """Validation says 5, 9, interruption, 3, 9.5: policy/ is that of steps 2, 4, 4 and 8."""
+    run = work.root / "best"
+    scores = {2: 5.0, 4: 9.0, 6: 3.0, 8: 9.5}
+    policies = {}
+
+    def scripted(training, data, *, seeds, greedy):
+        if training.step > 2:
+            policies[training.step - 2] = read_orbax(run / "policy")[1]
+        return SimpleNamespace(mean=scores[training.step])
+
+    def interrupted(self, step, metrics):
+        write(self, step, metrics)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    write = MetricsWriter.write
+    monkeypatch.setattr(setup, "evaluate_policy", scripted)
+    options = ("--num-steps", "8", "--eval.every", "2", "--data.validation", str(work.test))
+    options += (*EVERY_STEP, "--checkpoint.keep", "9")
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", interrupted)
+        assert cli.main(["sft", str(work.sft), "--run-dir", str(run), *options]) == 130
+    train(work.sft, run, *options)
+    policies[8] = read_orbax(run / "policy")[1]
+    for step, best in {2: 2, 4: 4, 6: 4, 8: 8}.items():
+        arrays = saved_arrays(run, best)
+        assert_same_bits(policies[step], {name: arrays[f"params.{name}"] for name in policies[step]})
+    rows = timeless(run)
+    assert {row["step"]: row["eval/bleu"] for row in rows if "eval/bleu" in row} == scores
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_while_the_policy_is_replaced(work, sft_run, monkeypatch, renames, tmp_path):
+    """After any number of renames the policy is the old or the new one, or it is absent: never a mixture."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(sft_run, run_dir)
+    config = load_config(work.sft)
+    data = dataclasses.replace(config.data, validation=str(work.train))
+    run = train_sft(dataclasses.replace(config, run_dir=str(run_dir), data=data))
+    old = read_orbax(run_dir / "policy")[1]
+    run.state = dataclasses.replace(run.state, params={name: value + 1 for name, value in run.state.params.items()})
+    new = {name: np.asarray(value) for name, value in run.state.params.items()}
+    rename, calls = Path.rename, []
+
+    def killed(self, target):
+        if self.name.startswith("policy") and self.parent == run_dir:
+            if len(calls) == renames:
+                raise KeyboardInterrupt
+            calls.append(self.name)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        if renames < 2:
+            with pytest.raises(KeyboardInterrupt):
+                setup.save_policy(run)
+        else:
+            setup.save_policy(run)
+    if renames == 1:
+        assert not (run_dir / "policy").exists()
+    else:
+        assert_same_bits(read_orbax(run_dir / "policy")[1], [old, None, new][renames])
+    setup.save_policy(run)
+    assert_same_bits(read_orbax(run_dir / "policy")[1], new)
+    assert not [path.name for path in run_dir.glob("policy?*")]
+
+
+def test_a_config_that_was_mended_may_start_again(work, monkeypatch):
+    """Until something is saved, another config is no other run; from then on it is."""
+    run = work.root / "mended"
+
+    def broken(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", broken)
+        assert cli.main(["sft", str(work.sft), "--run-dir", str(run), "--seed", "7"]) == 130
+    assert json.loads((run / "config.json").read_text())["seed"] == 7
+    train(work.sft, run, "--num-steps", "1", "--seed", "8")
+    assert json.loads((run / "config.json").read_text())["seed"] == 8
+    assert cli.main(["sft", str(work.sft), "--run-dir", str(run), "--num-steps", "1", "--seed", "9"]) == 2

@@ -1,0 +1,98 @@
+"""The programs of one step on a tiny policy, laid out over a mesh as a run lays it out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jgrpo.config import GRPOOptions
+from jgrpo.rollout import step_keys
+from jgrpo.steps import Targets, grpo_objective, make_programs, place
+from model_port.params import select
+from model_port.partition import MeshConfig, make_mesh, param_shardings
+from model_port.weights.tree import abstract_model
+from tests.invariance.tiny import CONFIG, PROMPTS, G, T, make_batch, make_params
+
+TEMPERATURE, BETA = 0.8, 0.1
+OBJECTIVE = grpo_objective(GRPOOptions(num_samples=G, temperature=TEMPERATURE, beta=BETA), T)
+TRAINABLE = ("projector", "lora", "decoder.layers.mlp.gate_proj.kernel")
+
+
+def keep_gradient():
+    """An optimiser that leaves the parameters alone and keeps the gradient as its state."""
+    return optax.GradientTransformation(
+        init=lambda params: jax.tree.map(jnp.zeros_like, params),
+        update=lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+    )
+
+
+class Run:
+    """A tiny policy on a mesh, with its programs and a batch; arrays given to a method replace those."""
+
+    def __init__(self, config=CONFIG, *, mesh=(1, 1, 1), trainable=TRAINABLE, optimiser=None, batch=None, **options):
+        self.config, self.mesh = config, make_mesh(MeshConfig(*mesh))
+        self.batch = make_batch(config, PROMPTS) if batch is None else batch
+        self.definition, params = make_params(config)
+        shardings = param_shardings(nnx.state(abstract_model(config)), self.mesh)
+        params = {name: jax.device_put(value, shardings[name]) for name, value in params.items()}
+        chosen = select(self.definition, trainable)
+        self.trained = {name: params.pop(name) for name in chosen}
+        self.frozen = params
+        self.programs = make_programs(
+            self.definition,
+            mesh=self.mesh,
+            optimiser=optimiser or keep_gradient(),
+            trainable=chosen,
+            **{"objective": OBJECTIVE, **options},
+        )
+
+    def encode(self, batch=None):
+        return self.programs.encode(self.trained, self.frozen, place(batch or self.batch, self.mesh))
+
+    def rollout(self, batch=None, *, keys=None, step=0, temperature=TEMPERATURE, top_p=1.0):
+        batch = batch or self.batch
+        keys = step_keys(0, step, num_prompts=len(batch.tokens), num_samples=G) if keys is None else keys
+        sampling = {"num_tokens": T, "temperature": temperature, "top_p": top_p}
+        arrays = place(batch, self.mesh), self.encode(batch), place(keys, self.mesh)
+        return self.programs.rollout(self.trained, self.frozen, *arrays, **sampling)
+
+    def score(self, tokens, batch=None):
+        arrays = place(batch or self.batch, self.mesh), self.encode(batch), place(tokens, self.mesh)
+        return np.asarray(self.programs.score(self.trained, self.frozen, *arrays))
+
+    def update(self, targets, batch=None, *, encoded=None, state=None):
+        """Return (new state, metrics); with the default optimiser the new optimiser state is the gradient."""
+        state = state or self.programs.init(jax.tree.map(lambda leaf: leaf.copy(), self.trained))
+        encoded = self.encode(batch) if encoded is None else encoded
+        arrays = place(batch or self.batch, self.mesh), encoded, place(targets, self.mesh)
+        return jax.device_get(self.programs.update(state, self.frozen, *arrays))
+
+    def gradient(self, targets, batch=None, **options):
+        """Return {name: gradient} and the metrics of an update."""
+        state, metrics = self.update(targets, batch, **options)
+        return state.opt_state, metrics
+
+
+def make_targets(out, **changes):
+    """Targets with random advantages whose old and reference log-probs are near the policy's, some ratios clipped."""
+    rng = np.random.default_rng(11)
+    names = ("old_logp", "ref_logp")
+    near = {name: (out.logp + rng.normal(0, 0.2, out.logp.shape)).astype(np.float32) for name in names}
+    advantage = rng.normal(size=out.mask.shape[:2]).astype(np.float32)
+    return dataclasses.replace(Targets(tokens=out.tokens, mask=out.mask, advantage=advantage, **near), **changes)
+
+
+def gradient_error(ours, theirs):
+    """Return (the largest difference in any parameter as a share of its largest component, the parameter's name)."""
+    assert ours.keys() == theirs.keys()
+    return max((_relative(name, ours, theirs), name) for name in theirs)
+
+
+def _relative(name, ours, theirs):
+    # A key bias adds the same to all scores of a query: its gradient is zero but for rounding.
+    scale = np.abs(theirs[name.replace("key.bias", "query.bias")]).max()
+    assert scale > 1e-4, f"{name} has no gradient to compare"
+    return float(np.abs(np.asarray(ours[name]) - np.asarray(theirs[name])).max() / scale)
