@@ -106,12 +106,14 @@ def fresh_adapter(options: ModelOptions) -> LoraConfig:
     return LoraConfig(rank=options.lora_rank, alpha=options.lora_alpha, target_modules=options.lora_targets)
 
 
-def check_model(options: ModelOptions, mesh: Mesh) -> None:
+def check_model(run: RunConfig, mesh: Mesh) -> None:
     """Check by the model's config alone, before its weights are read, that it fits the mesh and `trainable` its names.
 
     Raises:
-        UserError: no model directory, a dimension that the mesh does not divide, or a pattern that matches nothing.
+        UserError: no model directory, a dimension that the mesh does not divide, a pattern that matches nothing, or
+            an encoder that is to be both trained and cached.
     """
+    options = run.model
     directory_kind(options.path)
     config = read_config(options.path, adapter=options.lora == "keep")
     if options.lora == "fresh":
@@ -119,7 +121,9 @@ def check_model(options: ModelOptions, mesh: Mesh) -> None:
     # Only the weights tell whether the head is tied; an untied one has every name that there can be.
     model = abstract_model(dataclasses.replace(config, tie_word_embeddings=False))
     param_shardings(nnx.state(model), mesh)
-    select(split_model(model)[0], options.trainable)
+    trained = select(split_model(model)[0], options.trainable)
+    if run.data.cache_encoder and any(name.startswith("encoder.") for name in trained):
+        raise UserError("data.cache_encoder is on but model.trainable has the encoder in it; switch one of them off")
 
 
 def load_policy(config: RunConfig, processor: Processor) -> Policy:
@@ -174,7 +178,7 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
     make_optimiser(updates, **vars(config.optimiser))
     mesh = make_mesh(config.mesh)
     processor = Processor.from_pretrained(config.model.path)
-    check_model(config.model, mesh)
+    check_model(config, mesh)
     data = read_data(config, config.data.train, processor, rows=config.prompts_per_step, references=references)
     validation = None
     if config.eval.every:
@@ -183,8 +187,6 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
     directory = Path(config.run_dir)
     checkpoints = open_run_dir(config, directory)
     policy = load_policy(config, processor)
-    if config.data.cache_encoder and any(name.startswith("encoder.") for name in policy.trained):
-        raise UserError("data.cache_encoder is on but model.trainable has the encoder in it; switch one of them off")
     programs = policy_programs(policy, objective, updates=updates)
     params = {name: jnp.array(value, jnp.float32, copy=True) for name, value in policy.trained.items()}
     state = programs.init(params)

@@ -1,5 +1,6 @@
 """A workplace as a user has it: a model directory, manifests, config files, rewards and the command line."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from jgrpo import cli
+from jgrpo.runtime.metrics import MetricsWriter
 from model_port.config import GraniteSpeechConfig
 from tests.hf_tiny import make_hf_model, save_hf_dir
 
@@ -34,7 +36,7 @@ def get_config():
     return {kind}(
         run_dir="runs/unnamed",
         model=ModelOptions(path={base!r}, trainable=("projector", "decoder")),
-        data=DataOptions(train={train!r}, test=({test!r},), audio_buckets=({longest},), cache_features=True),
+        data=DataOptions(train={train!r}, test=({test!r},), audio_buckets=({longest},), {cache}=True),
         num_steps={num_steps},
         prompts_per_step=4,
         max_completion_tokens=20,
@@ -128,10 +130,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     (root / "user_rewards.py").write_text(REWARDS)
     paths = {"base": str(base), "train": str(train), "test": str(test), "longest": LONGEST}
     grpo, sft = root / "grpo.py", root / "sft.py"
-    sft.write_text(CONFIG.format(kind="SFTConfig", num_steps=40, options_import="", options="", **paths))
     options = '\n        grpo=GRPOOptions(num_samples=4, reward=("user_rewards:letter_e",)),'
-    values = {"kind": "GRPOConfig", "num_steps": 6, "options_import": ", GRPOOptions", "options": options}
-    grpo.write_text(CONFIG.format(**values, **paths))
+    supervised = {"kind": "SFTConfig", "num_steps": 40, "cache": "cache_encoder", "options_import": "", "options": ""}
+    reinforced = {"kind": "GRPOConfig", "num_steps": 6, "cache": "cache_features", "options_import": ", GRPOOptions"}
+    sft.write_text(CONFIG.format(**supervised, **paths))
+    grpo.write_text(CONFIG.format(**reinforced, options=options, **paths))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(root)
         patch.chdir(root)
@@ -165,6 +168,21 @@ def train(config: Path, run_dir: Path, *options: str) -> Path:
 def read_rows(path: Path) -> list[dict]:
     """Read a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def interruption(step: int) -> Iterator[None]:
+    """Interrupt a run in this process, as Ctrl-C does, once it has logged a step and before it saves that one."""
+
+    def write(self, number, metrics):
+        logged(self, number, metrics)
+        if number == step:
+            raise KeyboardInterrupt
+
+    logged = MetricsWriter.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", write)
+        yield
 
 
 def saved_arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:

@@ -169,6 +169,7 @@ def test_wrong_kinds_of_file(refuse, work, tmp_path):
         ("--grpo.reward bleu wer --grpo.reward-weights 1", "names 2 components and reward_weights gives 1"),
         ("--model.path /nowhere", "/nowhere is not a model directory"),
         ("--model.trainable projector lorra", "trainable pattern 'lorra' matches no parameter; the model has decoder"),
+        ("--model.trainable all --data.cache-encoder", "data.cache_encoder is on but model.trainable has the encoder"),
         ("--model.lora none --model.trainable lora", "and no LoRA adapter"),
         ("--model.lora fresh --model.lora-targets q_prj", "model.lora_targets names q_prj; allowed are q_proj"),
         ("--data.train /nowhere.jsonl", "/nowhere.jsonl: no such manifest"),

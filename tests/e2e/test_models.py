@@ -77,19 +77,21 @@ def test_eval_of_the_base_and_of_another_policy(work, sft_run, capsys):
 def test_generate_gives_the_memorised_answer(work, sft_run, capsys):
     row = read_rows(work.train)[0]
     ask = ["generate", str(sft_run / "policy"), "--audio", row["audio"], "--prompt", row["prompt"]]
-    assert cli.main([*ask, "--max-new-tokens", "20"]) == 0
-    assert capsys.readouterr().out == row["reference"] + "\n"
-    assert cli.main([*ask, "--max-new-tokens", "20", "--num-samples", "3", "--temperature", "1"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert cli.main([*ask, "--max-new-tokens", "20", "--num-samples", "2"]) == 0
+    assert capsys.readouterr().out == 2 * f"{row['reference']}\n"
 
 
 def test_a_run_from_a_converted_model_is_the_same_run(work, sft_run):
-    """Hugging Face or Orbax, the numbers are the same; the policy names the Orbax directory as its base."""
+    """Hugging Face or Orbax, the encoder's output kept or computed at every step: the numbers are the same."""
     converted = work.root / "converted"
     assert model_port.cli.main(["convert", str(work.base), str(converted)]) == 0
-    run = train(work.sft, work.root / "from_orbax", "--model.path", str(converted), "--num-steps", "3")
-    for row, expected in zip(read_rows(run / "metrics.jsonl"), read_rows(sft_run / "metrics.jsonl")[:3], strict=True):
-        assert (row["loss"], row["grad_norm"]) == (expected["loss"], expected["grad_norm"])
+    options = ("--model.path", str(converted), "--data.no-cache-encoder", "--num-steps", "3")
+    run = train(work.sft, work.root / "from_orbax", *options)
+    rows, kept = (read_rows(path / "metrics.jsonl") for path in (run, sft_run))
+    for row, expected in zip(rows, kept, strict=False):
+        np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
+        np.testing.assert_allclose(row["grad_norm"], expected["grad_norm"], rtol=1e-4)
+    assert json.loads((run / "policy" / "model_port.json").read_text())["base"] == str(converted)
     config, arrays = read_model(run / "policy")
     assert config == read_model(work.base)[0]
     base = read_model(work.base)[1]

@@ -15,10 +15,9 @@ import pytest
 
 from jgrpo import cli, setup
 from jgrpo.config import load_config
-from jgrpo.runtime.metrics import MetricsWriter
 from jgrpo.train_sft import train_sft
 from model_port.weights.orbax_files import read_orbax
-from tests.e2e.conftest import assert_same_bits, read_rows, saved_arrays, train, validated
+from tests.e2e.conftest import assert_same_bits, interruption, read_rows, saved_arrays, train, validated
 
 EVERY_STEP = ("--checkpoint.every", "1")
 
@@ -136,17 +135,10 @@ def test_the_best_policy_is_kept_over_a_resume(work, monkeypatch):
             policies[training.step - 2] = read_orbax(run / "policy")[1]
         return SimpleNamespace(mean=scores[training.step])
 
-    def interrupted(self, step, metrics):
-        write(self, step, metrics)
-        if step == 5:
-            raise KeyboardInterrupt
-
-    write = MetricsWriter.write
     monkeypatch.setattr(setup, "evaluate_policy", scripted)
     options = ("--num-steps", "8", "--eval.every", "2", "--data.validation", str(work.test))
     options += (*EVERY_STEP, "--checkpoint.keep", "9")
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsWriter, "write", interrupted)
+    with interruption(5):
         assert cli.main(["sft", str(work.sft), "--run-dir", str(run), *options]) == 130
     train(work.sft, run, *options)
     policies[8] = read_orbax(run / "policy")[1]
@@ -193,17 +185,31 @@ def test_a_kill_while_the_policy_is_replaced(work, sft_run, monkeypatch, renames
     assert not [path.name for path in run_dir.glob("policy?*")]
 
 
-def test_a_config_that_was_mended_may_start_again(work, monkeypatch):
+def test_a_config_that_was_mended_may_start_again(work):
     """Until something is saved, another config is no other run; from then on it is."""
     run = work.root / "mended"
-
-    def broken(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsWriter, "write", broken)
+    with interruption(1):
         assert cli.main(["sft", str(work.sft), "--run-dir", str(run), "--seed", "7"]) == 130
     assert json.loads((run / "config.json").read_text())["seed"] == 7
     train(work.sft, run, "--num-steps", "1", "--seed", "8")
     assert json.loads((run / "config.json").read_text())["seed"] == 8
     assert cli.main(["sft", str(work.sft), "--run-dir", str(run), "--num-steps", "1", "--seed", "9"]) == 2
+
+
+def test_a_run_on_a_mesh_goes_on_without_it(work, sft_run, capsys):
+    """Two steps on 2 x 2 x 2 devices and two on one are, to rounding, four on one."""
+    run = work.root / "on_a_mesh"
+    options = ("--num-steps", "4", *EVERY_STEP)
+    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    with interruption(3):
+        assert cli.main(["sft", str(work.sft), "--run-dir", str(run), *options, *mesh]) == 130
+    message = "interrupted; a training run goes on from its last checkpoint with the same command\n"
+    assert capsys.readouterr().err == message
+    assert json.loads((run / "config.json").read_text())["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    train(work.sft, run, *options)
+    assert "on_a_mesh goes on after step 2" in capsys.readouterr().out
+    rows, alone = (read_rows(path / "metrics.jsonl") for path in (run, sft_run))
+    for row, expected in zip(rows, alone, strict=False):
+        np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-4)
+        np.testing.assert_allclose(row["grad_norm"], expected["grad_norm"], rtol=1e-3)
+    assert len(rows) == 4

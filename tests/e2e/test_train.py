@@ -57,11 +57,12 @@ def test_completions_hold_the_groups_that_metrics_describe(grpo_run):
     np.testing.assert_allclose([group["advantages"] for group in groups], advantages, rtol=1e-5, atol=1e-6)
 
 
-def test_grpo_raises_a_reward_that_a_user_wrote(work):
-    """The share of the letter e more than doubles in 40 steps."""
-    run = train(work.grpo, work.root / "rising", "--num-steps", "40", "--completions-every", "0")
+def test_grpo_raises_a_reward_that_a_user_wrote(work, grpo_run):
+    """The share of the letter e more than doubles in 40 steps; another seed draws other samples."""
+    run = train(work.grpo, work.root / "rising", "--num-steps", "40", "--completions-every", "0", "--seed", "1")
     rewards = [row["reward"] for row in read_rows(run / "metrics.jsonl")]
     assert np.mean(rewards[-5:]) > 2 * np.mean(rewards[:5])
+    assert rewards[0] != read_rows(grpo_run / "metrics.jsonl")[0]["reward"]
     assert not list((run / "completions").iterdir())
 
 
@@ -89,22 +90,3 @@ def test_sft_memorises_four_references(sft_run):
     assert [row["step"] for row in rows if "eval/bleu" in row] == [20, 40]
     assert rows[39]["eval/bleu"] > max(rows[19]["eval/bleu"], 30)
     assert (sft_run / "policy" / "model_port.json").is_file()
-
-
-def test_a_mesh_over_all_axes_gives_the_same_run(work, grpo_run):
-    """Same seed, same samples and, to rounding, the same numbers on 2 x 2 x 2 devices."""
-    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
-    run = train(work.grpo, work.root / "on_a_mesh", *mesh, "--num-steps", "2", "--seed", "0")
-    saved = json.loads((run / "config.json").read_text())
-    assert saved["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
-    rows, alone = (read_rows(path / "metrics.jsonl") for path in (run, grpo_run))
-    for name in ("reward", "completions/mean_length", "loss", "grad_norm", "entropy"):
-        np.testing.assert_allclose(rows[0][name], alone[0][name], rtol=1e-3, atol=1e-6, err_msg=name)
-    first, alone = (read_rows(path / "completions" / "step_000001.jsonl") for path in (run, grpo_run))
-    assert [row["completions"] for row in first] == [row["completions"] for row in alone]
-
-
-def test_another_seed_is_another_run(work, grpo_run):
-    run = train(work.grpo, work.root / "other_seed", "--num-steps", "1", "--seed", "1")
-    first, other = (read_rows(path / "metrics.jsonl")[0] for path in (grpo_run, run))
-    assert first["num_tokens"] != other["num_tokens"] or first["reward"] != other["reward"]

@@ -19,8 +19,15 @@ def test_keys_depend_on_seed_and_example_alone():
     assert keys.shape[:2] == (P, 3)
     assert len(np.unique(keys.reshape(P * 3, -1), axis=0)) == P * 3
     np.testing.assert_array_equal(data(example_keys((2, 0), INDICES[[5, 3]])), keys[[5, 3]][:, [2, 0]])
-    training = data(step_keys(0, 0, num_prompts=64, num_samples=1)).reshape(64, -1)
-    assert not {tuple(row) for row in training} & {tuple(row) for row in keys.reshape(P * 3, -1)}
+
+
+def test_evaluation_and_training_share_no_noise():
+    """Not even one level down, where a training step's rows and an example's draws are folded in."""
+    steps = [step_keys(0, step, num_prompts=8, num_samples=1)[:, 0] for step in INDICES.tolist()]
+    rows = {tuple(key) for step in steps for key in data(step)}
+    keys = example_keys((0,), INDICES)[:, 0]
+    draws = {tuple(data(jax.random.fold_in(key, t))) for key in keys for t in range(8)}
+    assert len(rows) == len(draws) == 8 * P and not rows & draws
 
 
 def test_draws_do_not_depend_on_the_batch_or_on_other_seeds(run):
