@@ -26,16 +26,19 @@ EVALUATIONS = 10  # on the validation set, per training
 
 
 def demo(run_dir: Path, *, seed: int = 0) -> dict[str, Any]:
-    """Run everything under `run_dir`, which is emptied first, and return the summary that is also written there.
+    """Run everything under `run_dir` and return the summary that is also written there; an earlier demo is replaced.
 
     Raises:
-        UserError: started somewhere else than in the repository.
+        UserError: started somewhere else than in the repository, or `run_dir` holds something else than a demo.
     """
     missing = [path for path in NEEDED if not Path(path).exists()]
     if missing:
         raise UserError(f"the demo runs from the root of the repository; not found here: {', '.join(missing)}")
-    shutil.rmtree(run_dir, ignore_errors=True)
     timer, base, results = PhaseTimer(), run_dir / "base", {}
+    if run_dir.exists():
+        if any(run_dir.iterdir()) and not (base / "model_port.json").exists():
+            raise UserError(f"{run_dir} holds something else than an earlier demo; choose another --run-dir")
+        shutil.rmtree(run_dir)
     grpo = prepare("configs/demo_grpo.py", base, run_dir / "grpo", seed)
     sft = prepare("configs/demo_sft.py", base, run_dir / "sft", seed)
     with timer("convert"):

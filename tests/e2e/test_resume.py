@@ -1,6 +1,7 @@
 """A run that is killed at any moment and started again ends like one that was not, to the last bit."""
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from jgrpo.train_sft import train_sft
 from model_port.weights.orbax_files import read_orbax
 from tests.e2e.conftest import assert_same_bits, interruption, read_rows, saved_arrays, train, validated
 
-EVERY_STEP = ("--checkpoint.every", "1")
+EVERY_SECOND = ("--checkpoint.every", "2")
 
 # Kills its own process at the end of the call of a function for which `now(number of the call, arguments)` is true.
 SUICIDE = """
@@ -59,19 +60,19 @@ def wait_for_lines(process, path: Path, count: int) -> int:
 
 
 def test_grpo_killed_twice_is_the_same_run(work, grpo_run, capsys):
-    """Killed in the middle of step 3, between rollout and update, and while checkpoint 5 is written."""
+    """Killed in the middle of step 4, between rollout and update, and while its checkpoint is written."""
     run = work.root / "grpo_killed"
-    command = ("grpo", work.grpo, "--run-dir", run, *EVERY_STEP)
+    command = ("grpo", work.grpo, "--run-dir", run, *EVERY_SECOND)
     for victim, written in (
-        ("user_rewards, 'letter_e', lambda number, args: number == 3", 2),
-        ("RunCheckpoints, 'save', lambda number, args: args[1] == 5", 5),
+        ("user_rewards, 'letter_e', lambda number, args: number == 4", 3),
+        ("RunCheckpoints, 'save', lambda number, args: args[1] == 4", 4),
     ):
         process = work.start(*command, before=f"{SUICIDE}die({victim})")
         _, errors = process.communicate(timeout=300)
         assert process.returncode == -signal.SIGKILL, errors
         assert [row["step"] for row in timeless(run)] == list(range(1, written + 1))
-    train(work.grpo, run, *EVERY_STEP)
-    assert re.search(r"grpo_killed goes on after step [45]\n", capsys.readouterr().out)
+    train(work.grpo, run, *EVERY_SECOND)
+    assert re.search(r"grpo_killed goes on after step [24]\n", capsys.readouterr().out)
     assert timeless(run) == timeless(grpo_run)
     assert_same_bits(saved_arrays(run, 6), saved_arrays(grpo_run, 6))
     assert_same_bits(read_orbax(run / "policy")[1], read_orbax(grpo_run / "policy")[1])
@@ -81,6 +82,8 @@ def test_grpo_killed_twice_is_the_same_run(work, grpo_run, capsys):
         assert (run / "completions" / name).read_bytes() == (grpo_run / "completions" / name).read_bytes()
 
 
+# The failed read leaves coroutines of Orbax behind, which are collected here and not in a later test.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_sft_killed_terminated_and_damaged_is_the_same_run(work, sft_run, caplog, capsys):
     """SIGKILL as soon as step 8 is logged, then SIGTERM, which saves, then a flipped bit in the newest checkpoint."""
     run = work.root / "sft_killed"
@@ -102,6 +105,7 @@ def test_sft_killed_terminated_and_damaged_is_the_same_run(work, sft_run, caplog
 
     damage(run / "checkpoints" / str(last))
     train(work.sft, run, *options)
+    gc.collect()
     assert f"goes on after step {(last - 1) // 4 * 4}" in capsys.readouterr().out
     assert f"{last} is damaged, trying the one before" in caplog.text
     assert timeless(run) == timeless(sft_run)
@@ -137,7 +141,7 @@ def test_the_best_policy_is_kept_over_a_resume(work, monkeypatch):
 
     monkeypatch.setattr(setup, "evaluate_policy", scripted)
     options = ("--num-steps", "8", "--eval.every", "2", "--data.validation", str(work.test))
-    options += (*EVERY_STEP, "--checkpoint.keep", "9")
+    options += (*EVERY_SECOND, "--checkpoint.keep", "9")
     with interruption(5):
         assert cli.main(["sft", str(work.sft), "--run-dir", str(run), *options]) == 130
     train(work.sft, run, *options)
@@ -199,7 +203,7 @@ def test_a_config_that_was_mended_may_start_again(work):
 def test_a_run_on_a_mesh_goes_on_without_it(work, sft_run, capsys):
     """Two steps on 2 x 2 x 2 devices and two on one are, to rounding, four on one."""
     run = work.root / "on_a_mesh"
-    options = ("--num-steps", "4", *EVERY_STEP)
+    options = ("--num-steps", "4", *EVERY_SECOND)
     mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
     with interruption(3):
         assert cli.main(["sft", str(work.sft), "--run-dir", str(run), *options, *mesh]) == 130
