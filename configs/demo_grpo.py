@@ -28,6 +28,6 @@ def get_config() -> GRPOConfig:
         prompts_per_step=12,
         max_completion_tokens=20,
         optimiser=OptimiserOptions(learning_rate=3e-4, beta2=0.99),
-        eval=EvalOptions(every=25, batch_size=50),
+        eval=EvalOptions(every=25, batch_size=40),
         checkpoint=CheckpointOptions(every=50),
     )

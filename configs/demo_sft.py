@@ -27,6 +27,6 @@ def get_config() -> SFTConfig:
         prompts_per_step=48,
         max_completion_tokens=20,
         optimiser=OptimiserOptions(learning_rate=3e-4, beta2=0.95),
-        eval=EvalOptions(every=31, batch_size=50),
+        eval=EvalOptions(every=31, batch_size=40),
         checkpoint=CheckpointOptions(every=100),
     )
