@@ -10,7 +10,6 @@ jgrpo.setup. Source: arXiv 2509.16990.
 import time
 
 import jax
-import numpy as np
 
 from jgrpo.config import GRPOConfig
 from jgrpo.rewards import make_reward
@@ -86,10 +85,11 @@ def train_grpo(config: GRPOConfig) -> Run:
 
 
 def _shown(metrics: dict) -> dict[str, float]:
-    """Return what the progress line shows."""
-    return {
-        "reward": metrics["reward"],
-        "kl": metrics.get("kl", np.nan),
-        "length": metrics["completions/mean_length"],
-        "tokens/s": metrics["tokens_per_second"],
+    """Return what the progress line shows; without a reference (beta 0) there is no KL."""
+    names = {
+        "reward": "reward",
+        "kl": "kl",
+        "length": "completions/mean_length",
+        "tokens/s": "tokens_per_second",
     }
+    return {short: metrics[name] for short, name in names.items() if name in metrics}
