@@ -136,8 +136,6 @@ def empty(step_directory):
     step_directory.mkdir()
 
 
-# A failed read leaves an asyncio task of Orbax whose exception nobody retrieves.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, remove_a_file, remove_the_record, change_the_record, empty])
 def test_a_damaged_newest_checkpoint_falls_back_aloud(tmp_path, caplog, damage):
     save_steps(tmp_path, 3, 4)
@@ -163,7 +161,6 @@ def test_a_save_that_was_killed_is_ignored_aloud_and_removed(tmp_path, caplog):
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
 def test_nothing_sound_and_nothing_at_all_are_said(tmp_path):
     with RunCheckpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="no checkpoint in"):
         checkpoints.restore(abstract(small_tree(0)))
