@@ -106,16 +106,22 @@ def fresh_adapter(options: ModelOptions) -> LoraConfig:
     return LoraConfig(rank=options.lora_rank, alpha=options.lora_alpha, target_modules=options.lora_targets)
 
 
-def check_model(run: RunConfig, mesh: Mesh) -> None:
+def check_model(run: RunConfig, processor: Processor, mesh: Mesh) -> None:
     """Check by the model's config alone, before its weights are read, that it fits the mesh and `trainable` its names.
 
     Raises:
-        UserError: no model directory, a dimension that the mesh does not divide, a pattern that matches nothing, or
-            an encoder that is to be both trained and cached.
+        UserError: no model directory, a dimension that the mesh does not divide, a pattern that matches nothing, an
+            encoder that is to be both trained and cached, or a tokenizer whose end token does not end a completion.
     """
     options = run.model
     directory_kind(options.path)
     config = read_config(options.path, adapter=options.lora == "keep")
+    if processor.eos_ids[0] not in config.eos_token_ids:
+        ends = ", ".join(map(str, config.eos_token_ids))
+        raise UserError(
+            f"{options.path}: the tokenizer ends a text with token {processor.eos_ids[0]}, and sampling stops at "
+            f"{ends} as config.json says; correct eos_token_id in its text_config"
+        )
     if options.lora == "fresh":
         config = dataclasses.replace(config, lora=fresh_adapter(options))
     # Only the weights tell whether the head is tied; an untied one has every name that there can be.
@@ -178,7 +184,7 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
     make_optimiser(updates, **vars(config.optimiser))
     mesh = make_mesh(config.mesh)
     processor = Processor.from_pretrained(config.model.path)
-    check_model(config, mesh)
+    check_model(config, processor, mesh)
     data = read_data(config, config.data.train, processor, rows=config.prompts_per_step, references=references)
     validation = None
     if config.eval.every:

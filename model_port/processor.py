@@ -63,12 +63,8 @@ class Processor:
                 f"the tokenizer maps {AUDIO_MARKER} to {self.audio_id} and config.json has "
                 f"audio_token_index {config.audio_token_id}; use the tokenizer files of the same model."
             )
-        if tokenizer.eos_token_id not in config.eos_token_ids:
-            raise UserError(
-                f"the tokenizer ends a text with token {tokenizer.eos_token_id} and config.json with "
-                f"{', '.join(map(str, config.eos_token_ids))}; correct eos_token_id in the text_config of config.json."
-            )
-        self.eos_ids = tuple(dict.fromkeys((tokenizer.eos_token_id, *config.eos_token_ids)))
+        ends = (tokenizer.eos_token_id, *config.eos_token_ids)
+        self.eos_ids = tuple(dict.fromkeys(end for end in ends if end is not None))
         self.pad_id = config.pad_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._gap = "" if self._prompt_ends_open() else " "
 

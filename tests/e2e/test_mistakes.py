@@ -268,6 +268,15 @@ def test_a_model_directory_without_weights(refuse, work, tmp_path):
     assert "is no model directory: it needs config.json and either model.safetensors or" in message
 
 
+def test_an_end_token_that_does_not_end(refuse, work, tmp_path):
+    shutil.copytree(work.base, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 5
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    message = refuse("sft", work.sft, "--model.path", tmp_path / "base")
+    assert "the tokenizer ends a text with token 0, and sampling stops at 5 as" in message
+
+
 def test_faults_that_show_while_training(work, manifest, tmp_path, capsys):
     """A reward that fails and a clip that ends early stop the run with a message; the files are closed and complete."""
     run = tmp_path / "reward"
