@@ -103,7 +103,7 @@ class EvalOptions:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of the sampled passes of a final evaluation."""
     validation_seeds: tuple[int, ...] = (0, 1)
-    """Seeds of the sampled passes while training."""
+    """Seeds of the sampled passes while training; without any, validation decodes greedily."""
     temperature: float = 0.9
     """Of the sampled passes."""
     top_p: float = 0.9

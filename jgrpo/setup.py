@@ -293,7 +293,8 @@ def why_stop(run: Run, metrics: dict[str, Any]) -> Exception | None:
 
 def validate(run: Run) -> float:
     """Evaluate on the validation set and keep the policy if it is the best so far; return the mean BLEU."""
-    result = evaluate_policy(run, run.validation, seeds=run.config.eval.validation_seeds, greedy=False)
+    seeds = run.config.eval.validation_seeds
+    result = evaluate_policy(run, run.validation, seeds=seeds, greedy=not seeds)
     if run.best is None or result.mean > run.best["bleu"]:
         run.best = {"step": run.step, "bleu": result.mean}
         save_policy(run)
@@ -313,7 +314,7 @@ def evaluate_policy(run: Run, data: PromptData, *, seeds: tuple[int, ...], greed
         mesh=policy.mesh,
         options=config.eval,
         num_tokens=config.max_completion_tokens,
-        seeds=seeds or (0,),
+        seeds=seeds,
         greedy=greedy,
     )
 
