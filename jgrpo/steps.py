@@ -128,8 +128,9 @@ def make_programs(
     micro_batches: int = 1,
 ) -> Programs:
     """Return the programs of a run over `mesh`."""
-    logprobs = _logprobs_of(definition, objective.temperature, remat=remat, chunk=logprob_chunk)
-    train_encoder = any(name.startswith("encoder.") for name in trainable)
+    # A trained encoder is run again with the parameters in question: those of the update, or of the reference.
+    reencode = any(name.startswith("encoder.") for name in trainable)
+    logprobs = _logprobs_of(definition, objective.temperature, remat=remat, chunk=logprob_chunk, reencode=reencode)
 
     def encode(params: Params, frozen: Params, batch: Batch):
         return definition.bind(frozen, params).encode(batch.features, batch.lengths)
@@ -144,8 +145,6 @@ def make_programs(
         return logprobs(params, frozen, batch, encoded, tokens)[0]
 
     def piece_loss(params, frozen, batch, encoded, targets, weights, shares):
-        if train_encoder:
-            encoded = definition.bind(frozen, params).encode(batch.features, batch.lengths, remat=remat)
         logp, entropy = logprobs(params, frozen, batch, encoded, targets.tokens)
         loss, metrics = objective.token_loss(logp, targets)
         drift = jnp.where(targets.mask, jnp.abs(logp - targets.old_logp), 0.0)
@@ -186,11 +185,13 @@ def make_programs(
     )
 
 
-def _logprobs_of(definition: ModelDef, temperature: float, *, remat: str, chunk: int) -> Callable:
+def _logprobs_of(definition: ModelDef, temperature: float, *, remat: str, chunk: int, reencode: bool) -> Callable:
     """Return the function that scores completions: (log-probs, entropies) [P, G, T]."""
 
     def logprobs(params, frozen, batch, encoded, tokens):
         model = definition.bind(frozen, params)
+        if reencode:
+            encoded = model.encode(batch.features, batch.lengths, remat=remat)
         hidden = model.completion_hidden(batch, encoded, tokens, remat=remat)
         return chunked_logprobs(hidden, tokens, model.policy_logits, chunk_tokens=chunk, temperature=temperature)
 
@@ -223,7 +224,6 @@ def _on(mesh: Mesh, program: Callable) -> Callable:
         with jax.set_mesh(mesh):
             return program(*args, **kwargs)
 
-    run.jitted = program
     return run
 
 

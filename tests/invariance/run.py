@@ -59,8 +59,9 @@ class Run:
         arrays = place(batch, self.mesh), self.encode(batch), place(keys, self.mesh)
         return self.programs.rollout(self.trained, self.frozen, *arrays, **sampling)
 
-    def score(self, tokens, batch=None):
-        arrays = place(batch or self.batch, self.mesh), self.encode(batch), place(tokens, self.mesh)
+    def score(self, tokens, batch=None, *, encoded=None):
+        encoded = self.encode(batch) if encoded is None else encoded
+        arrays = place(batch or self.batch, self.mesh), encoded, place(tokens, self.mesh)
         return np.asarray(self.programs.score(self.trained, self.frozen, *arrays))
 
     def update(self, targets, batch=None, *, encoded=None, state=None):
