@@ -125,6 +125,11 @@ class GraniteSpeechConfig:
         if not (text and encoder and projector):
             raise UserError("config.json lacks text_config, encoder_config or projector_config")
         _refuse(text, TEXT_FIXED, "text_config")
+        llm_dim, hidden_size = projector.get("llm_dim"), text.get("hidden_size", DecoderConfig.hidden_size)
+        if llm_dim not in (None, hidden_size):
+            raise UserError(f"projector_config.llm_dim is {llm_dim}; it must be text_config.hidden_size {hidden_size}")
+        config = native(config)
+        projector = config["projector_config"]
         _refuse(projector, PROJECTOR_FIXED, "projector_config")
         eos = text.get("eos_token_id", config.get("eos_token_id", 2))
         eos = tuple(eos) if isinstance(eos, list) else (eos,)
@@ -246,6 +251,27 @@ PROJECTOR_FIXED = {
     "cross_attention_frequency": (1, 2),
     "use_qformer_text_input": (False, False),
 }
+
+
+# The projector of granite-speech-3.2-8b, whose config belongs to code of its own.
+REMOTE_PROJECTOR = "granite_speech_qformer"
+
+
+def native(config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json as the classes of transformers write it; only that of granite-speech-3.2-8b differs.
+
+    That one keeps window and rate in the projector, which is otherwise the Q-Former of BLIP-2.
+    """
+    projector = config.get("projector_config") or {}
+    if projector.get("model_type") != REMOTE_PROJECTOR:
+        return config
+    kept = {key: value for key, value in projector.items() if key not in ("window_size", "downsample_rate", "llm_dim")}
+    return {
+        **{key: value for key, value in config.items() if key != "auto_map"},
+        "window_size": projector.get("window_size", 15),
+        "downsample_rate": projector.get("downsample_rate", 5),
+        "projector_config": {"cross_attention_frequency": 1, **kept, "model_type": "blip_2_qformer"},
+    }
 
 
 def _check(config: GraniteSpeechConfig) -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -16,11 +17,20 @@ from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.model import GraniteSpeech
 from model_port.partition import param_shardings
-from model_port.weights import hf_files, names, orbax_files, tree
+from model_port.weights import hf_files, hf_writer, names, orbax_files, tree
+from model_port.weights.lazy import LazyArray, cast, layers, load
 from model_port.weights.side_files import CONFIG, read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 LORA = ("keep", "merge", "none")
+
+# Of all the bytes to come, a context that takes the bytes of each piece as it is done.
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
+
+def silent(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Progress that nobody sees."""
+    return nullcontext(lambda size: None)
 
 
 def load_model(
@@ -42,7 +52,7 @@ def load_model(
     if mesh is not None and lora != "merge" and directory_kind(path) == "orbax":
         # Known before reading, so that no process reads more than its own shards.
         shardings = _shardings(read_config(path, adapter=lora == "keep"), mesh)
-    config, arrays = read_model(path, lora=lora, dtype=dtype, shardings=shardings)
+    config, arrays = open_model(path, lora=lora, dtype=dtype, shardings=shardings)
     return build_model(config, arrays, dtype=dtype, mesh=mesh)
 
 
@@ -52,26 +62,26 @@ def build_model(
     """Make a model of {dotted path: array}, which is emptied on the way so that no array is held twice."""
     model = tree.abstract_model(config, jnp.dtype(dtype))
     shardings = {} if mesh is None else _shardings(config, mesh)
-    tree.fill(model, lambda path: _place(arrays.pop(path), shardings.get(path)))
+    tree.fill(model, lambda path: _place(load(arrays.pop(path)), shardings.get(path)))
     return model
 
 
-def read_model(
+def open_model(
     path: str | os.PathLike,
     *,
     lora: str = "keep",
     dtype: str | None = None,
     shardings: Mapping[str, Sharding] | None = None,
 ) -> tuple[GraniteSpeechConfig, dict[str, Any]]:
-    """Read a directory of either kind into its config and {dotted path: array}, a partial one with its base.
+    """Open a directory of either kind: its config and {dotted path: array to be read}, a partial one with its base.
 
     Args:
         lora: as in `load_model`.
         dtype: to cast to; by default each array keeps its own.
-        shardings: where Orbax puts the arrays it reads; by default they are NumPy arrays.
+        shardings: if given, what Orbax holds is read at once, straight into these.
     """
     if directory_kind(path) == "hf":
-        config, arrays = hf_files.read_hf(path, adapter=lora != "none")
+        config, arrays = hf_files.open_hf(path, adapter=lora != "none")
     else:
         config, arrays = _read_orbax_with_base(path, shardings)
         if lora == "none":
@@ -79,33 +89,36 @@ def read_model(
             arrays = {name: array for name, array in arrays.items() if not names.is_lora(name)}
         _check_complete(path, config, arrays)
     if lora == "merge":
-        config, arrays = merge(config, arrays, dtype=dtype)
+        config, arrays = merge(config, arrays)
     if dtype is not None:
-        for name in arrays:
-            arrays[name] = _cast(arrays[name], dtype, name)
+        arrays = {name: _cast(array, dtype, name) for name, array in arrays.items()}
     return config, arrays
 
 
-def merge(
-    config: GraniteSpeechConfig, arrays: Mapping[str, Any], *, dtype: str | None = None
-) -> tuple[GraniteSpeechConfig, dict[str, Any]]:
+def merge(config: GraniteSpeechConfig, arrays: Mapping[str, Any]) -> tuple[GraniteSpeechConfig, dict[str, Any]]:
     """Fold the adapter into the kernels it sits on: kernel + (alpha / r) A B, in float32, layer by layer.
 
-    Args:
-        dtype: of the folded kernels; by default the dtype they had. Casting here rounds once only.
+    The folded kernels are arrays to be read. They keep their dtype; cast them with `astype`, which rounds once only.
     """
     if config.lora is None:
         return config, dict(arrays)
     merged = {name: array for name, array in arrays.items() if not names.is_lora(name)}
     for module in (name.removesuffix(".lora.a") for name in arrays if name.endswith(".lora.a")):
-        kernel, a, b = (np.asarray(arrays[f"{module}.{leaf}"]) for leaf in ("kernel", "lora.a", "lora.b"))
-        folded = np.empty(kernel.shape, dtype or kernel.dtype)
-        for layer in range(kernel.shape[0]):
-            product = a[layer].astype(np.float32) @ b[layer].astype(np.float32)
-            summed = kernel[layer].astype(np.float32) + np.float32(config.lora.scaling) * product
-            folded[layer] = _cast(summed, folded.dtype.name, f"{module}.kernel")
-        merged[f"{module}.kernel"] = folded
+        merged[f"{module}.kernel"] = _folded(
+            f"{module}.kernel",
+            *(arrays[f"{module}.{leaf}"] for leaf in ("kernel", "lora.a", "lora.b")),
+            config.lora.scaling,
+        )
     return dataclasses.replace(config, lora=None), merged
+
+
+def _folded(name: str, kernel: Any, a: Any, b: Any, scaling: float) -> LazyArray:
+    def folded() -> Iterator[np.ndarray]:
+        for parts in zip(*(layers(array, stacked=True) for array in (kernel, a, b)), strict=True):
+            frozen, down, up = (part.astype(np.float32) for part in parts)
+            yield frozen + np.float32(scaling) * (down @ up)
+
+    return LazyArray(name=name, shape=tuple(kernel.shape), dtype=np.dtype(kernel.dtype), stacked=True, layers=folded)
 
 
 def model_arrays(model: GraniteSpeech) -> dict[str, jax.Array]:
@@ -140,12 +153,21 @@ def save_model(
 
 
 def convert(
-    src: str | os.PathLike, out: str | os.PathLike, *, dtype: str | None = None, lora: str = "keep"
+    src: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    lora: str = "keep",
+    progress: Progress = silent,
 ) -> GraniteSpeechConfig:
-    """Convert a Hugging Face directory to a complete Orbax one; `dtype` None keeps the source's. Return the config."""
+    """Convert a Hugging Face directory to a complete Orbax one; `dtype` None keeps the source's. Return the config.
+
+    Memory: the largest stacked parameter, and about 1 GB.
+    """
     _check_choices(dtype, lora)
-    config, arrays = read_model(src, lora=lora, dtype=dtype)
-    orbax_files.write_orbax(out, config, arrays, source_dir=src)
+    config, arrays = open_model(src, lora=lora, dtype=dtype)
+    with progress(sum(array.nbytes for array in arrays.values())) as written:
+        orbax_files.write_orbax(out, config, arrays, source_dir=src, progress=written)
     return config
 
 
@@ -155,12 +177,19 @@ def export(
     *,
     dtype: str | None = None,
     lora: str = "keep",
-    max_shard_bytes: int = hf_files.MAX_SHARD_BYTES,
+    max_shard_bytes: int = hf_writer.MAX_SHARD_BYTES,
+    progress: Progress = silent,
 ) -> GraniteSpeechConfig:
-    """Write an Orbax model directory, a partial one with its base, as a Hugging Face directory. Return the config."""
+    """Write an Orbax model directory, a partial one with its base, as a Hugging Face directory. Return the config.
+
+    Memory: the largest stacked parameter, and about 1 GB.
+    """
     _check_choices(dtype, lora)
-    config, arrays = read_model(checkpoint, lora=lora, dtype=dtype)
-    hf_files.write_hf(out, config, arrays, source_dir=checkpoint, max_shard_bytes=max_shard_bytes)
+    config, arrays = open_model(checkpoint, lora=lora, dtype=dtype)
+    with progress(sum(array.nbytes for array in arrays.values())) as written:
+        hf_writer.write_hf(
+            out, config, arrays, source_dir=checkpoint, max_shard_bytes=max_shard_bytes, progress=written
+        )
     return config
 
 
@@ -185,10 +214,10 @@ def _read_orbax_with_base(
     path: str | os.PathLike, shardings: Mapping[str, Sharding] | None
 ) -> tuple[GraniteSpeechConfig, dict[str, Any]]:
     manifest = orbax_files.read_manifest(path)
-    config, arrays = orbax_files.read_orbax(path, shardings)
+    config, arrays = orbax_files.read_orbax(path, shardings) if shardings else orbax_files.open_orbax(path)
     if manifest.base is not None:
         folded = manifest.base_lora == "merge"
-        _, rest = read_model(manifest.base, lora=manifest.base_lora, shardings=None if folded else shardings)
+        _, rest = open_model(manifest.base, lora=manifest.base_lora, shardings=None if folded else shardings)
         arrays = {**rest, **arrays}
     return config, arrays
 
@@ -219,15 +248,13 @@ def _shardings(config: GraniteSpeechConfig, mesh: Mesh) -> dict[str, NamedShardi
 
 
 def _cast(array: Any, dtype: str, name: str) -> Any:
-    """Cast, refusing to turn a number into infinity (float16 ends at 65504)."""
-    if array.dtype == jnp.dtype(dtype):
+    if isinstance(array, LazyArray):
+        return array.astype(dtype)
+    if array.dtype == dtype:
         return array
-    with np.errstate(over="ignore"):
-        cast = array.astype(jnp.dtype(dtype))
-    xp = jnp if isinstance(array, jax.Array) else np
-    if dtype == "float16" and not xp.array_equal(xp.isfinite(cast), xp.isfinite(array)):
-        raise UserError(f"{name} holds values beyond the range of float16; use bfloat16 or float32")
-    return cast
+    if dtype == "float16":
+        cast(np.asarray(array), dtype, name)
+    return array.astype(dtype)
 
 
 def _place(array: Any, sharding: Sharding | None) -> jax.Array:

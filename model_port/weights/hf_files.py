@@ -1,35 +1,25 @@
-"""Hugging Face directories: safetensors read and written tensor by tensor."""
+"""Hugging Face directories, read: every header is checked first, every tensor is read when it is needed."""
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.weights import names, tree
-from model_port.weights.side_files import (
-    ADAPTER_CONFIG,
-    CONFIG,
-    read_config,
-    read_json,
-    to_json,
-    write_side_files,
-    written_aside,
-)
+from model_port.weights.lazy import LazyArray
+from model_port.weights.side_files import ADAPTER_CONFIG, CONFIG, read_config, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
-MAX_SHARD_BYTES = 5 * 10**9
 REMEDY = "download or save the directory again, complete, or correct its config.json"
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -49,13 +39,19 @@ class Stored:
     def __str__(self) -> str:
         return f"{self.key} in {os.path.basename(self.file)}"
 
+    def read(self) -> np.ndarray:
+        """Return the tensor. The file is mapped for this tensor only: what is mapped counts as memory in use."""
+        with _open(self.file) as tensors:
+            return tensors.get_tensor(self.key)
 
-def read_hf(path: str | os.PathLike, *, adapter: bool = True) -> tuple[GraniteSpeechConfig, dict[str, np.ndarray]]:
-    """Read a Hugging Face directory into its config and {dotted path: array}, layers stacked, dtypes as stored.
 
-    The headers of all files are checked before the first tensor is read. Of a sharded model only the files that the
-    index names count. `config.tie_word_embeddings` follows the files: a stored head is used, unless config.json ties
-    it and it equals the embedding; without one the embedding is the head, if config.json ties at either of its places.
+def open_hf(path: str | os.PathLike, *, adapter: bool = True) -> tuple[GraniteSpeechConfig, dict[str, LazyArray]]:
+    """Return the config of a Hugging Face directory and {dotted path: array to be read}: layers stacked, as stored.
+
+    The headers of all files are checked; tensors are read when an array is loaded. Of a sharded model only the files
+    that the index names count. `config.tie_word_embeddings` follows the files: a stored head is used, unless
+    config.json ties it and it equals the embedding; without one the embedding is the head, if config.json ties at
+    either of its places.
 
     Args:
         adapter: whether to read the LoRA adapter, too; without it the model is the base model.
@@ -74,36 +70,10 @@ def read_hf(path: str | os.PathLike, *, adapter: bool = True) -> tuple[GraniteSp
     config = _with_true_head(config, found, path)
     _compare(config, found, problems)
     tree.check(path, problems, REMEDY)
-    return config, _read(found, config)
-
-
-def write_hf(
-    path: str | os.PathLike,
-    config: GraniteSpeechConfig,
-    arrays: Mapping[str, Any],
-    *,
-    source_dir: str | os.PathLike | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write {dotted path: array} as a Hugging Face directory in the published layout, dtypes as given.
-
-    Args:
-        source_dir: model directory whose config, tokenizer and processor files are copied.
-        max_shard_bytes: above this size the model is split into several files with an index.
-
-    Raises:
-        UserError: `path` exists and is not empty.
-    """
-    entries = [entry for entry in names.TABLE if entry.path in arrays]
-    base = [entry for entry in entries if not names.is_lora(entry.path)]
-    adapter = [entry for entry in entries if names.is_lora(entry.path)]
-    dtype = np.dtype(arrays[names.EMBEDDING].dtype).name
-    with written_aside(path) as partial:
-        write_side_files(partial, config, source_dir=source_dir, dtype=dtype)
-        _write_base(os.fspath(partial), base, arrays, max_shard_bytes)
-        if adapter:
-            tensors = {name: tensor for entry in adapter for name, tensor in _tensors(entry, arrays[entry.path])}
-            save_file(tensors, partial / ADAPTER, metadata={"format": "pt"})
+    return config, {
+        name: _lazy(name, shape, [(name, layer) for layer in _layers(name, shape)], found)
+        for name, shape in tree.shapes(config).items()
+    }
 
 
 def _weight_files(path: str) -> dict[str, set[str] | None]:
@@ -196,8 +166,7 @@ def _with_true_head(config: GraniteSpeechConfig, found: dict[Slot, Stored], path
 def _same(one: Stored, other: Stored) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    with _open(one.file) as first, _open(other.file) as second:
-        return first.get_tensor(one.key).tobytes() == second.get_tensor(other.key).tobytes()
+    return one.read().tobytes() == other.read().tobytes()
 
 
 def _compare(config: GraniteSpeechConfig, found: dict[Slot, Stored], problems: dict[str, list[str]]) -> None:
@@ -222,12 +191,14 @@ def _wanted(config: GraniteSpeechConfig) -> Iterator[tuple[Slot, tuple[str, tupl
     """Yield each slot of the model with its name and shape in a file."""
     for path, shape in tree.shapes(config).items():
         entry = names.BY_PATH[path]
-        if not entry.stacked:
-            yield (path, None), (entry.name, entry.transform.stored_shape(shape))
-            continue
-        stored_shape = entry.transform.stored_shape(shape[1:])
-        for layer in range(shape[0]):
+        stored_shape = entry.transform.stored_shape(shape[1:] if entry.stacked else shape)
+        for layer in _layers(path, shape):
             yield (path, layer), (entry.name.format(l=layer), stored_shape)
+
+
+def _layers(path: str, shape: tuple[int, ...]) -> Iterable[int | None]:
+    """Return the layers of a stacked parameter; None stands for the one tensor of another."""
+    return range(shape[0]) if names.BY_PATH[path].stacked else (None,)
 
 
 def _why_unexpected(slot: Slot, config: GraniteSpeechConfig) -> str:
@@ -245,77 +216,15 @@ def _why_unexpected(slot: Slot, config: GraniteSpeechConfig) -> str:
     return f" (config.json has {layers} layers in the {path.split('.')[0]})"
 
 
-def _read(found: dict[Slot, Stored], config: GraniteSpeechConfig) -> dict[str, np.ndarray]:
-    """Read every tensor into its place in arrays of the whole model; a stack takes the one dtype of its layers.
-
-    Layers of different dtypes are all widened to float32, which holds each value exactly.
-    """
-    dtypes: dict[str, set[np.dtype]] = {}
-    for (path, _), stored in found.items():
-        dtypes.setdefault(path, set()).add(DTYPES[stored.dtype])
-    arrays = {
-        path: np.empty(shape, dtypes[path].pop() if len(dtypes[path]) == 1 else np.float32)
-        for path, shape in tree.shapes(config).items()
-    }
-    for file in sorted({stored.file for stored in found.values()}):
-        with _open(file) as tensors:
-            for (path, layer), stored in found.items():
-                if stored.file == file:
-                    value = names.BY_PATH[path].transform.read(tensors.get_tensor(stored.key))
-                    arrays[path][... if layer is None else layer] = value
-    return arrays
-
-
-def _write_base(out: str, entries: list[names.Entry], arrays: Mapping[str, Any], max_shard_bytes: int) -> None:
-    """Write all tensors into one file, or into numbered files of limited size and an index."""
-    written: list[list[str]] = []
-    total_size = 0
-    for shard in _shards(entries, arrays, max_shard_bytes):
-        save_file(shard, os.path.join(out, _temporary(len(written))), metadata={"format": "pt"})
-        written.append(list(shard))
-        total_size += sum(tensor.nbytes for tensor in shard.values())
-    if len(written) == 1:
-        os.rename(os.path.join(out, _temporary(0)), os.path.join(out, SINGLE))
-        return
-    weight_map = {}
-    for number, keys in enumerate(written):
-        file = f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
-        os.rename(os.path.join(out, _temporary(number)), os.path.join(out, file))
-        weight_map.update(dict.fromkeys(keys, file))
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    with open(os.path.join(out, INDEX), "wb") as file:
-        file.write(to_json(index))
-
-
-def _temporary(number: int) -> str:
-    # A file's name says how many there are, which is known only after the last one.
-    return f"model-{number}.tmp"
-
-
-def _shards(
-    entries: list[names.Entry], arrays: Mapping[str, Any], max_shard_bytes: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Group tensors, in order, into dicts of at most `max_shard_bytes`; a larger tensor stands alone."""
-    shard: dict[str, np.ndarray] = {}
-    size = 0
-    for entry in entries:
-        for name, tensor in _tensors(entry, arrays[entry.path]):
-            if shard and size + tensor.nbytes > max_shard_bytes:
-                yield shard
-                shard, size = {}, 0
-            shard[name] = tensor
-            size += tensor.nbytes
-    yield shard
-
-
-def _tensors(entry: names.Entry, array: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors of one of our arrays under their Hugging Face names, one per layer where it is a stack."""
-    array = np.asarray(array)
-    layers = [(entry.name, array)]
-    if entry.stacked:
-        layers = [(entry.name.format(l=layer), array[layer]) for layer in range(array.shape[0])]
-    for name, value in layers:
-        yield name, np.ascontiguousarray(entry.transform.write(value))
-        if name.endswith(".running_var"):
-            # Unused in inference, but transformers reports a BatchNorm without it as incomplete.
-            yield name.replace("running_var", "num_batches_tracked"), np.zeros((), np.int64)
+def _lazy(path: str, shape: tuple[int, ...], slots: list[Slot], found: dict[Slot, Stored]) -> LazyArray:
+    """Return the parameter `path` over its tensors; layers of different dtypes are all widened to float32."""
+    stored = [found[slot] for slot in slots]
+    dtypes = {DTYPES[tensor.dtype] for tensor in stored}
+    read = names.BY_PATH[path].transform.read
+    return LazyArray(
+        name=path,
+        shape=shape,
+        dtype=dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32),
+        stacked=names.BY_PATH[path].stacked,
+        layers=lambda: (read(tensor.read()) for tensor in stored),
+    )

@@ -155,15 +155,35 @@ _IN_MEMORY = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
+# A BatchNorm's counter of batches, stored beside its variance.
+RUNNING_VAR, COUNTER = "running_var", "num_batches_tracked"
 # Counters and constants that torch stores and no computation reads.
-_IGNORED = ("num_batches_tracked", "attention_dists")
+_IGNORED = (COUNTER, "attention_dists")
+
+# How the encoder is called in granite-speech-3.2-8b, which came with code of its own: the input layer is number 0 of a
+# list of which the blocks are the rest, and each block wraps its parts. Ours, theirs.
+_REMOTE_CODE = (
+    *(
+        (f"{ff}.{ours}.", f"{ff}.fn.{theirs}.")
+        for ff in ("ff1", "ff2")
+        for ours, theirs in (("pre_norm", "norm"), ("up_proj", "fn.net.0"), ("down_proj", "fn.net.3"))
+    ),
+    ("attn.pre_norm.", "attn.norm."),
+    ("attn.", "attn.fn."),
+    ("conv.norm.", "conv.net.0."),
+    ("conv.up_conv.", "conv.net.2."),
+    ("conv.depth_conv.", "conv.net.4."),
+    ("conv.batch_norm.", "conv.net.5."),
+    ("conv.down_conv.", "conv.net.7."),
+)
 
 
 def normalise(key: str) -> str | None:
     """Return the published spelling of a tensor name, or None for a tensor that carries no weight.
 
     Undoes PEFT's `base_model.model.` prefix, `.base_layer` and the adapter's name (`lora_A.default.weight`), which
-    transformers 5 leaves in a model saved together with its adapter, and the module names of transformers >= 5.10.
+    transformers 5 leaves in a model saved together with its adapter, the module names of transformers >= 5.10, and
+    those of the code that granite-speech-3.2-8b came with.
     """
     if key.endswith(_IGNORED):
         return None
@@ -171,8 +191,24 @@ def normalise(key: str) -> str | None:
     key = re.sub(r"\.lora_([AB])\.\w+\.weight$", r".lora_\1.weight", key)
     for memory, published in _IN_MEMORY:
         if key.startswith(memory):
-            return published + key.removeprefix(memory)
-    return key
+            key = published + key.removeprefix(memory)
+            break
+    return _from_remote_code(key)
+
+
+def _from_remote_code(key: str) -> str:
+    """Return the published spelling of a name from granite-speech-3.2-8b; other names are returned as they are."""
+    number = re.match(r"encoder\.rnn_tr\.(\d+)\.", key)
+    if number is None:
+        return key
+    rest = key[number.end() :]
+    if number[1] == "0":
+        return f"encoder.input_linear.{rest}"
+    for ours, theirs in _REMOTE_CODE:
+        if rest.startswith(theirs):
+            rest = ours + rest.removeprefix(theirs)
+            break
+    return f"encoder.layers.{int(number[1]) - 1}.{rest}"
 
 
 def lookup(name: str) -> tuple[Entry, int | None] | None:

@@ -3,8 +3,10 @@
 A directory may be partial: it then holds some of the parameters and names the base directory that has the rest.
 """
 
+import contextlib
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +19,25 @@ from orbax.checkpoint import v1 as ocp
 
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
-from model_port.weights.side_files import read_config, read_json, to_json, write_side_files, written_aside
+from model_port.weights import names
+from model_port.weights.lazy import LazyArray, load
+from model_port.weights.side_files import (
+    DISK_FULL,
+    check_space,
+    read_config,
+    read_json,
+    to_json,
+    write_side_files,
+    written_aside,
+)
 
 MANIFEST = "model_port.json"
 PARAMS = "params"
 FORMAT = 1
+
+# Arrays are written together up to this size: one by one, a thousand small ones would take long.
+GROUP_BYTES = 2**29
+CHUNK_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -47,16 +63,18 @@ def write_orbax(
     source_dir: str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
     base_lora: str = "keep",
+    progress: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Write {dotted path: array} as an Orbax model directory; every process of a run must call it.
+    """Write {dotted path: array, read or not} as an Orbax model directory; every process of a run must call it.
 
     Args:
         source_dir: model directory whose config, tokenizer and processor files are copied.
         base: model directory that holds the parameters which are not in `arrays`. It is remembered relative to
             `path` if it lies beside it or below, so that the tree can be moved, and by its full path otherwise.
+        progress: told the bytes of every group of arrays that is written.
 
     Raises:
-        UserError: `path` exists and is not empty.
+        UserError: `path` exists and is not empty, or it does not fit on its disk.
     """
     path = _absolute(path)
     dtypes = {np.dtype(array.dtype).name for array in arrays.values()}
@@ -68,34 +86,134 @@ def write_orbax(
     }
     leader = jax.process_index() == 0
     with written_aside(path, leader=leader, barrier=multihost_utils.sync_global_devices) as partial:
-        ocp.save(partial / PARAMS, dict(arrays))
+        check_space(partial, sum(array.nbytes for array in arrays.values()))
+        _write_params(partial / PARAMS, arrays, progress)
         if leader:
             write_side_files(partial, config, source_dir=source_dir)
             (partial / MANIFEST).write_bytes(to_json(manifest))
 
 
+def _write_params(path: epath.Path, arrays: Mapping[str, Any], progress: Callable[[int], None]) -> None:
+    """Write the arrays group by group, so that no more than one group has to be in memory."""
+    try:
+        with _storage(), _quiet():
+            for group in _groups(arrays):
+                loaded = {name: load(arrays[name]) for name in group}
+                ocp.partial.save(path, loaded)
+                progress(sum(array.nbytes for array in loaded.values()))
+            ocp.partial.finalize(path)
+    except ValueError as error:
+        # Tensorstore's errors are ValueErrors that carry the system's words.
+        if not any(os.strerror(code) in str(error) for code in DISK_FULL):
+            raise
+        raise UserError(f"cannot write {path.parent}: the disk is full; make room or choose another one") from error
+
+
+def _storage() -> ocp.Context:
+    """Return how arrays are stored.
+
+    Weights are noise to a compressor. In files of their own, chunks go from our memory to the disk, while OCDBT would
+    gather gigabytes of them first. They are cut along the largest dimensions, so that a host reads little beyond its
+    own shards. Nothing changes an array while it is written, so it need not be copied.
+    """
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
+    saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES)
+    context.memory.deepcopy_host_arrays = False
+    return context
+
+
+def _one_of_many() -> ocp.Context:
+    """Return how one array of a checkpoint is read."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    return context
+
+
+def _groups(arrays: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the names in groups of at most GROUP_BYTES; a larger array stands alone."""
+    group: list[str] = []
+    size = 0
+    for name, array in arrays.items():
+        if group and size + array.nbytes > GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += array.nbytes
+    yield group
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Orbax from warning that there is nothing to merge, which is as it should be without OCDBT."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def open_orbax(path: str | os.PathLike) -> tuple[GraniteSpeechConfig, dict[str, LazyArray]]:
+    """Return the config of an Orbax model directory and {dotted path: array to be read}; of a partial one, its part.
+
+    Raises:
+        UserError: `params/` is absent or damaged; also when an array is loaded.
+    """
+    config, params, stored = _metadata(path)
+    return config, {name: _lazy(params, name, leaf) for name, leaf in stored.items()}
+
+
 def read_orbax(
     path: str | os.PathLike, shardings: Mapping[str, Sharding] | None = None
 ) -> tuple[GraniteSpeechConfig, dict[str, Any]]:
-    """Read an Orbax model directory into its config and {dotted path: array}; of a partial one, what is there.
+    """Read an Orbax model directory at once: its config and {dotted path: array}; of a partial one, its part.
 
     Args:
-        shardings: where each array goes; without it they are NumPy arrays.
+        shardings: where each array goes, and of which each process reads its shards; without it they are NumPy arrays.
 
     Raises:
         UserError: `params/` is absent or damaged.
     """
+    config, params, stored = _metadata(path)
+    with _explained(params):
+        return config, ocp.load(
+            params, {name: _like(leaf, (shardings or {}).get(name)) for name, leaf in stored.items()}
+        )
+
+
+def _metadata(path: str | os.PathLike) -> tuple[GraniteSpeechConfig, epath.Path, dict[str, Any]]:
+    """Return the config, the directory of the arrays, and shape and dtype of each."""
     path = _absolute(path)
     config = read_config(path)
     params = path / PARAMS
     if not params.exists():
         raise UserError(f"{path} has no {PARAMS}/; the checkpoint is incomplete, convert or save it again")
-    try:
+    with _explained(params):
         stored = ocp.metadata(params).metadata
         if stored is None:
             raise ValueError("its metadata does not agree with its data")
-        target = {name: _target(leaf, (shardings or {}).get(name)) for name, leaf in stored.items()}
-        return config, ocp.load(params, target)
+    return config, params, stored
+
+
+def _lazy(params: epath.Path, name: str, leaf: Any) -> LazyArray:
+    stacked = names.BY_PATH[name].stacked if name in names.BY_PATH else False
+
+    def layers() -> Iterable[np.ndarray]:
+        with _explained(params), _one_of_many():
+            array = ocp.load(params, {name: _like(leaf)})[name]
+        return array if stacked else (array,)
+
+    return LazyArray(name=name, shape=tuple(leaf.shape), dtype=np.dtype(leaf.dtype), stacked=stacked, layers=layers)
+
+
+@contextlib.contextmanager
+def _explained(params: epath.Path) -> Iterator[None]:
+    """Turn what Orbax says of damaged files into a UserError."""
+    try:
+        yield
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).split(" [tensorstore_spec")[0]
         raise UserError(f"cannot read {params}, it is damaged ({reason}); convert or save it again") from error
@@ -123,10 +241,10 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     return Manifest(dtype=manifest["dtype"], base=base, base_lora=manifest.get("base_lora", "keep"))
 
 
-def _target(leaf: Any, sharding: Sharding | None) -> Any:
+def _like(leaf: Any, sharding: Sharding | None = None) -> Any:
+    """Return what asks Orbax for an array: a shape with a sharding, or a NumPy array, which takes no memory here."""
     if sharding is not None:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    # To Orbax a NumPy array stands for "give me one like this"; a broadcast scalar takes no memory.
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 

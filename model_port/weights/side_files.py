@@ -2,16 +2,21 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
 
-from model_port.config import GraniteSpeechConfig
+from model_port.config import GraniteSpeechConfig, native
 from model_port.errors import UserError
+
+# No room left, the user's quota, the largest file that is allowed.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -106,7 +111,7 @@ def written_aside(
         barrier: waits for all processes.
 
     Raises:
-        UserError: `path` exists and is not an empty directory.
+        UserError: `path` exists and is not an empty directory, or the disk is full.
     """
     path = epath.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -119,15 +124,29 @@ def written_aside(
     barrier(f"made {partial}")
     try:
         yield partial
-    except BaseException:
+    except BaseException as error:
         if leader:
             _remove(partial)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another disk") from error
         raise
     barrier(f"wrote {partial}")
     if leader:
         _remove(path)
         partial.rename(path)
     barrier(f"renamed {partial}")
+
+
+def check_space(directory: epath.Path, nbytes: int) -> None:
+    """Raise a UserError if the disk of a local directory cannot take `nbytes` more."""
+    if "://" in os.fspath(directory):
+        return
+    free = shutil.disk_usage(directory).free
+    if nbytes > free:
+        raise UserError(
+            f"{directory.parent} has {free / 1e9:.2f} GB free and the weights take {nbytes / 1e9:.2f} GB; "
+            "make room or choose another disk"
+        )
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
@@ -172,7 +191,7 @@ def _config_files(config: GraniteSpeechConfig, source: epath.Path | None, dtype:
     if config.lora is not None and (source / ADAPTER_CONFIG).exists() and read_config(source).lora == config.lora:
         files[ADAPTER_CONFIG] = (source / ADAPTER_CONFIG).read_bytes()
     theirs = read_json(source / CONFIG)
-    updated = _update(theirs, config, dtype)
+    updated = _update(native(theirs), config, dtype)
     if updated == theirs:
         files[CONFIG] = (source / CONFIG).read_bytes()
     elif GraniteSpeechConfig.from_hf(updated, our_adapter) == config:

@@ -10,7 +10,7 @@ import sacrebleu
 import model_port.cli
 from jgrpo import cli
 from model_port import Processor, load_model
-from model_port.weights.convert import model_arrays, read_model
+from model_port.weights.convert import model_arrays, open_model
 from tests.e2e.conftest import assert_same_bits, read_rows, train
 from tests.hf_tiny import load_hf_dir
 from tests.parity.pairs import hf_logits
@@ -92,9 +92,9 @@ def test_a_run_from_a_converted_model_is_the_same_run(work, sft_run):
         np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
         np.testing.assert_allclose(row["grad_norm"], expected["grad_norm"], rtol=1e-4)
     assert json.loads((run / "policy" / "model_port.json").read_text())["base"] == str(converted)
-    config, arrays = read_model(run / "policy")
-    assert config == read_model(work.base)[0]
-    base = read_model(work.base)[1]
+    config, arrays = open_model(run / "policy")
+    assert config == open_model(work.base)[0]
+    base = open_model(work.base)[1]
     moved = {name for name in arrays if arrays[name].tobytes() != base[name].tobytes()}
     assert moved and all(name.startswith(("projector.", "decoder.")) for name in moved)
 
@@ -121,7 +121,7 @@ def test_a_fresh_adapter_is_trained_alone_and_exported(work, tmp_path):
     run = train(work.sft, tmp_path / "run", *options)
     policy = load_model(run / "policy")
     assert policy.config.lora.rank == 3
-    arrays, merged = model_arrays(policy), read_model(work.base, lora="merge")[1]
+    arrays, merged = model_arrays(policy), open_model(work.base, lora="merge")[1]
     adapter = {name for name in arrays if ".lora." in name}
     assert adapter and all(np.any(arrays[name]) for name in adapter)
     assert_same_bits({name: arrays[name] for name in merged}, merged)

@@ -1,0 +1,130 @@
+"""Arrays that are read when they are needed, layer by layer: a model of any size passes through little memory."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from model_port.errors import UserError
+
+# A tile of both arrays stays in the cache while one is read along its rows and the other written along its own:
+# copying a transposed matrix in tiles is six times as fast.
+TILE = 128
+# Layers that are copied at the same time, each by a thread.
+COPIES = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class LazyArray:
+    """An array that is known but not read.
+
+    Attributes:
+        name: of the parameter, for messages.
+        shape: of the whole array.
+        dtype: that `load` gives; layers may come in another one and are cast.
+        stacked: whether the first axis is that of layers.
+        layers: starts reading: yields the slices along the first axis in their order, or, of an array that is not
+            stacked, the array itself.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stacked: bool
+    layers: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array once it is loaded."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def astype(self, dtype: Any) -> "LazyArray":
+        """Return the array with another dtype; values are cast as they are read, from what is stored."""
+        return dataclasses.replace(self, dtype=np.dtype(dtype))
+
+    def load(self) -> np.ndarray:
+        """Read the array.
+
+        Raises:
+            UserError: a value that its dtype turns into an infinity.
+        """
+        out = np.empty(self.shape, self.dtype)
+        places = out if self.stacked else out[None]
+        with ThreadPoolExecutor(COPIES) as threads:
+            waiting = []
+            for place, layer in zip(places, self.layers(), strict=True):
+                waiting.append(threads.submit(copy, place, layer, self.name))
+                if len(waiting) > COPIES:
+                    waiting.pop(0).result()
+            for done in waiting:
+                done.result()
+        return out
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """What `np.asarray` gives."""
+        return (self if dtype is None else self.astype(dtype)).load()
+
+
+def load(array: Any) -> Any:
+    """Return an array, read if it was not."""
+    return array.load() if isinstance(array, LazyArray) else array
+
+
+def layers(array: Any, *, stacked: bool) -> Iterator[np.ndarray]:
+    """Yield the layers of an array, read or not, in its dtype; of one that is not stacked, the array itself."""
+    if isinstance(array, LazyArray):
+        for layer in array.layers():
+            yield cast(layer, array.dtype, array.name)
+    else:
+        array = np.asarray(array)
+        yield from array if stacked else (array,)
+
+
+def copy(out: np.ndarray, value: np.ndarray, name: str) -> None:
+    """Copy `value` into `out`, transposed or not, and cast it.
+
+    Raises:
+        UserError: a value that the dtype of `out` turns into an infinity.
+    """
+    if out.dtype != value.dtype:
+        value = cast(value, out.dtype, name)
+    # As plain integers: NumPy copies its own types without holding the interpreter.
+    bits = f"u{out.dtype.itemsize}"
+    out, value = out.view(bits), value.view(bits)
+    if value.ndim < 2 or value.strides[-1] == value.itemsize:
+        out[...] = value
+        return
+    for row in range(0, value.shape[0], TILE):
+        for column in range(0, value.shape[-1], TILE):
+            tile = np.s_[row : row + TILE, ..., column : column + TILE]
+            out[tile] = value[tile]
+
+
+def contiguous(value: np.ndarray) -> np.ndarray:
+    """Return `value` in C order, copied where it is not."""
+    if value.flags.c_contiguous:
+        return value
+    out = np.empty(value.shape, value.dtype)
+    copy(out, value, "")
+    return out
+
+
+def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """Cast a NumPy array, refusing to turn a number into an infinity (float16 ends at 65504).
+
+    Raises:
+        UserError: the parameter `name` holds such a number.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if np.dtype(dtype) != np.float32 and bool((~np.isfinite(result) & np.isfinite(array)).any()):
+        wider = "bfloat16 or float32" if np.dtype(dtype) == np.float16 else "float32"
+        raise UserError(f"{name} holds values beyond the range of {np.dtype(dtype).name}; use {wider}")
+    return result
