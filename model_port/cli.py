@@ -1,21 +1,34 @@
-"""model-port: convert Granite Speech weights between Hugging Face and Orbax directories."""
+"""model-port: convert, check and look at Granite Speech weights in Hugging Face and Orbax directories."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+from tqdm import tqdm
 
 from model_port.errors import UserError
 from model_port.weights import convert
+from model_port.weights.inspection import inspect
+from model_port.weights.stages import PROMPT
+from model_port.weights.verify import verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, or 2 after a mistake that the message explains."""
+    """Run a command and return its exit status.
+
+    0; 1 if what was verified or inspected is not in order; 2 after a mistake that the message explains; 130 if
+    interrupted.
+    """
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except UserError as error:
         print(f"model-port: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("model-port: interrupted; nothing was left behind, run the same command again", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,6 +48,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=convert.DTYPES, help="dtype to store (default: the checkpoint's)")
     _add_lora(command)
     command.set_defaults(run=_export)
+
+    command = commands.add_parser("verify", help="compare a converted or exported model with its source")
+    command.add_argument("src", metavar="SRC", help="Hugging Face directory")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="what convert or export made of it")
+    command.add_argument("--audio", metavar="FILE", help="recording for the stages (default: a synthetic one)")
+    command.add_argument(
+        "--prompt", metavar="TEXT", default=PROMPT, help="prompt for the stages (default: %(default)s)"
+    )
+    command.add_argument("--dtype", choices=convert.DTYPES, default="float32", help="of the computation")
+    command.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="tokens of the greedy text")
+    command.add_argument("--weights-only", action="store_true", help="compare tensors and files, run no model")
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("inspect", help="what a model directory is, from headers alone")
+    command.add_argument("path", metavar="PATH", help="Hugging Face or Orbax model directory, or an adapter")
+    command.set_defaults(run=_inspect)
     return parser
 
 
@@ -45,12 +74,40 @@ def _add_lora(command: argparse.ArgumentParser) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    convert.convert(arguments.src, arguments.out, dtype=arguments.dtype, lora=arguments.lora)
+    convert.convert(arguments.src, arguments.out, dtype=arguments.dtype, lora=arguments.lora, progress=_bar)
     print(f"wrote {arguments.out}")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    convert.export(arguments.checkpoint, arguments.out, dtype=arguments.dtype, lora=arguments.lora)
+    convert.export(arguments.checkpoint, arguments.out, dtype=arguments.dtype, lora=arguments.lora, progress=_bar)
     print(f"wrote {arguments.out}")
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    found = verify(
+        arguments.src,
+        arguments.checkpoint,
+        audio=arguments.audio,
+        prompt=arguments.prompt,
+        dtype=arguments.dtype,
+        max_new_tokens=arguments.max_new_tokens,
+        stages=not arguments.weights_only,
+    )
+    print(found.text())
+    return 0 if found.passed else 1
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    found = inspect(arguments.path)
+    print(found.text())
+    return 0 if found.sound else 1
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """Show on standard error how many of `total` bytes are written; in a log, a line every ten seconds."""
+    seconds = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=total, unit="B", unit_scale=True, mininterval=seconds, leave=False) as bar:
+        yield bar.update

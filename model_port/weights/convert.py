@@ -167,7 +167,7 @@ def convert(
     _check_choices(dtype, lora)
     config, arrays = open_model(src, lora=lora, dtype=dtype)
     with progress(sum(array.nbytes for array in arrays.values())) as written:
-        orbax_files.write_orbax(out, config, arrays, source_dir=src, progress=written)
+        orbax_files.write_orbax(out, config, arrays, source_dir=src, converted=True, progress=written)
     return config
 
 
@@ -186,9 +186,16 @@ def export(
     """
     _check_choices(dtype, lora)
     config, arrays = open_model(checkpoint, lora=lora, dtype=dtype)
+    same_weights = directory_kind(checkpoint) == "hf" or orbax_files.read_manifest(checkpoint).converted
     with progress(sum(array.nbytes for array in arrays.values())) as written:
         hf_writer.write_hf(
-            out, config, arrays, source_dir=checkpoint, max_shard_bytes=max_shard_bytes, progress=written
+            out,
+            config,
+            arrays,
+            source_dir=checkpoint,
+            max_shard_bytes=max_shard_bytes,
+            same_weights=same_weights,
+            progress=written,
         )
     return config
 
@@ -223,17 +230,7 @@ def _read_orbax_with_base(
 
 
 def _check_complete(path: str | os.PathLike, config: GraniteSpeechConfig, arrays: Mapping[str, Any]) -> None:
-    expected = tree.shapes(config)
-    problems = {
-        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in arrays],
-        "unexpected": [name for name in arrays if name not in expected],
-        "wrong shape": [
-            f"{name} is {tuple(arrays[name].shape)}, config.json asks for {shape}"
-            for name, shape in expected.items()
-            if name in arrays and tuple(arrays[name].shape) != shape
-        ],
-    }
-    tree.check(os.fspath(path), problems, "convert or save it again, or correct its config.json")
+    tree.check(os.fspath(path), tree.compare(config, arrays), "convert or save it again, or correct its config.json")
 
 
 def _check_choices(dtype: str | None, lora: str) -> None:

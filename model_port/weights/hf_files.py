@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -35,14 +36,40 @@ class Stored:
     key: str
     shape: tuple[int, ...]
     dtype: str
+    offset: int
 
     def __str__(self) -> str:
         return f"{self.key} in {os.path.basename(self.file)}"
 
     def read(self) -> np.ndarray:
-        """Return the tensor. The file is mapped for this tensor only: what is mapped counts as memory in use."""
-        with _open(self.file) as tensors:
-            return tensors.get_tensor(self.key)
+        """Return the tensor: read, not mapped, for what is mapped counts as memory in use."""
+        count = math.prod(self.shape)
+        try:
+            values = np.fromfile(self.file, DTYPES[self.dtype], count, offset=self.offset)
+        except OSError as error:
+            raise UserError(f"cannot read {self.file} ({error}); {REMEDY}") from error
+        if values.size != count:
+            raise UserError(f"cannot read {self.file}: it ends within {self.key}; {REMEDY}")
+        return values.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the headers of a Hugging Face directory say.
+
+    Attributes:
+        config: with `tie_word_embeddings` as the files have it.
+        files: the files that hold the model, the adapter's not among them.
+        found: every tensor of the model.
+        problems: what does not fit config.json, by kind.
+        broken: what is wrong with whole files: a message for each.
+    """
+
+    config: GraniteSpeechConfig
+    files: list[str]
+    found: dict[Slot, Stored]
+    problems: dict[str, list[str]]
+    broken: list[str]
 
 
 def open_hf(path: str | os.PathLike, *, adapter: bool = True) -> tuple[GraniteSpeechConfig, dict[str, LazyArray]]:
@@ -60,23 +87,54 @@ def open_hf(path: str | os.PathLike, *, adapter: bool = True) -> tuple[GraniteSp
         UserError: a file that is absent or damaged, or tensors and config.json that do not agree; all are named.
     """
     path = os.fspath(path)
-    config = read_config(path, adapter=adapter)
-    problems: dict[str, list[str]] = {}
-    found = _scan(_weight_files(path), problems)
-    if adapter and _adapter_file(path, config):
-        _add_adapter(found, _scan({os.path.join(path, ADAPTER): None}, problems), problems)
-    elif not adapter:
-        found = {slot: stored for slot, stored in found.items() if not names.is_lora(slot[0])}
-    config = _with_true_head(config, found, path)
-    _compare(config, found, problems)
-    tree.check(path, problems, REMEDY)
-    return config, {
-        name: _lazy(name, shape, [(name, layer) for layer in _layers(name, shape)], found)
-        for name, shape in tree.shapes(config).items()
+    result = survey(path, adapter=adapter)
+    if result.broken:
+        raise UserError("\n".join(result.broken))
+    tree.check(path, result.problems, REMEDY)
+    return result.config, {
+        name: _lazy(name, shape, [(name, layer) for layer in _layers(name, shape)], result.found)
+        for name, shape in tree.shapes(result.config).items()
     }
 
 
-def _weight_files(path: str) -> dict[str, set[str] | None]:
+def same_tensor(one: Stored, other: Stored) -> bool:
+    """Whether two tensors are equal, bit for bit."""
+    return same_header(one, other) and one.read().tobytes() == other.read().tobytes()
+
+
+def same_header(one: Stored, other: Stored) -> bool:
+    """Whether two tensors could be equal, by their headers."""
+    return (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def survey(
+    path: str | os.PathLike, *, adapter: bool = True, same: Callable[[Stored, Stored], bool] = same_tensor
+) -> Survey:
+    """Read the headers of a Hugging Face directory and note everything that is wrong with it.
+
+    Args:
+        adapter: as in `open_hf`.
+        same: how to tell whether two tensors that should be one are; `same_header` reads no weights.
+
+    Raises:
+        UserError: an unusable config.json or index.
+    """
+    path = os.fspath(path)
+    config = read_config(path, adapter=adapter)
+    problems: dict[str, list[str]] = {}
+    broken: list[str] = []
+    files = _weight_files(path, broken)
+    found = scan(files, problems, broken)
+    if adapter and _adapter_file(path, config, broken):
+        _add_adapter(found, scan({os.path.join(path, ADAPTER): None}, problems, broken), problems, same)
+    elif not adapter:
+        found = {slot: stored for slot, stored in found.items() if not names.is_lora(slot[0])}
+    config = _with_true_head(config, found, path, same)
+    _compare(config, found, problems)
+    return Survey(config=config, files=list(files), found=found, problems=problems, broken=broken)
+
+
+def _weight_files(path: str, broken: list[str]) -> dict[str, set[str] | None]:
     """Return the files that hold the model, each with the keys its index promises (None without an index)."""
     index = os.path.join(path, INDEX)
     if not os.path.exists(index):
@@ -91,23 +149,28 @@ def _weight_files(path: str) -> dict[str, set[str] | None]:
             raise UserError(f"{index} is not an index with a weight_map ({error!r}); {REMEDY}") from error
     absent = sorted(name for name in shards if not os.path.exists(os.path.join(path, name)))
     if absent:
-        raise UserError(f"{index} names {', '.join(absent)}, not in {path}; download the directory again, complete")
-    return {os.path.join(path, name): keys for name, keys in sorted(shards.items())}
+        broken.append(f"{index} names {', '.join(absent)}, not in {path}; download the directory again, complete")
+    return {os.path.join(path, name): keys for name, keys in sorted(shards.items()) if name not in absent}
 
 
-def _adapter_file(path: str, config: GraniteSpeechConfig) -> bool:
+def _adapter_file(path: str, config: GraniteSpeechConfig, broken: list[str]) -> bool:
     """Whether there is an adapter file to read."""
     exists = os.path.exists(os.path.join(path, ADAPTER))
     if exists and config.lora is None:
-        raise UserError(f"{path} has {ADAPTER} but no {ADAPTER_CONFIG}, which says its rank and alpha; add that file")
+        broken.append(f"{path} has {ADAPTER} but no {ADAPTER_CONFIG}, which says its rank and alpha; add that file")
     return exists
 
 
-def _scan(files: Mapping[str, set[str] | None], problems: dict[str, list[str]]) -> dict[Slot, Stored]:
+def scan(files: Mapping[str, set[str] | None], problems: dict[str, list[str]], broken: list[str]) -> dict[Slot, Stored]:
     """Find every tensor of `files` by reading their headers."""
     found: dict[Slot, Stored] = {}
     for file, promised in files.items():
-        for stored in _headers(file, promised, problems):
+        try:
+            headers = list(_headers(file, promised, problems))
+        except UserError as error:
+            broken.append(str(error))
+            continue
+        for stored in headers:
             name = names.normalise(stored.key)
             if name is None:
                 continue
@@ -123,31 +186,42 @@ def _scan(files: Mapping[str, set[str] | None], problems: dict[str, list[str]]) 
 
 
 def _headers(file: str, promised: set[str] | None, problems: dict[str, list[str]]) -> Iterator[Stored]:
-    with _open(file) as tensors:
-        keys = set(tensors.keys())
-        for key in sorted((promised or set()) - keys):
-            problems.setdefault("promised by the index but absent", []).append(f"{key} in {os.path.basename(file)}")
-        for key in sorted(keys):
-            header = tensors.get_slice(key)
-            yield Stored(file, key, tuple(header.get_shape()), header.get_dtype())
+    _check_whole(file)
+    with open(file, "rb") as data:
+        size = int.from_bytes(data.read(8), "little")
+        header = json.loads(data.read(size))
+    header.pop("__metadata__", None)
+    for key in sorted((promised or set()) - header.keys()):
+        problems.setdefault("promised by the index but absent", []).append(f"{key} in {os.path.basename(file)}")
+    for key, entry in sorted(header.items()):
+        yield Stored(file, key, tuple(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0])
 
 
-def _open(file: str):
+def _check_whole(file: str) -> None:
+    """Raise a UserError unless the safetensors package finds header and length of the file right."""
     try:
-        return safe_open(file, framework="np")
+        with safe_open(file, framework="np"):
+            pass
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {file}, it is truncated or no safetensors file ({error}); {REMEDY}") from error
 
 
-def _add_adapter(found: dict[Slot, Stored], adapter: dict[Slot, Stored], problems: dict[str, list[str]]) -> None:
+def _add_adapter(
+    found: dict[Slot, Stored],
+    adapter: dict[Slot, Stored],
+    problems: dict[str, list[str]],
+    same: Callable[[Stored, Stored], bool],
+) -> None:
     """Add the adapter file's tensors; a model saved together with its adapter may hold the same ones already."""
     for slot, stored in adapter.items():
-        if slot in found and not _same(stored, found[slot]):
+        if slot in found and not same(stored, found[slot]):
             problems.setdefault("duplicate", []).append(f"{stored} and, different, {found[slot]}")
         found[slot] = stored
 
 
-def _with_true_head(config: GraniteSpeechConfig, found: dict[Slot, Stored], path: str) -> GraniteSpeechConfig:
+def _with_true_head(
+    config: GraniteSpeechConfig, found: dict[Slot, Stored], path: str, same: Callable[[Stored, Stored], bool]
+) -> GraniteSpeechConfig:
     """Set `tie_word_embeddings` by what is stored; a stored copy of a tied embedding is taken out of `found`.
 
     transformers up to 5.9 obeys text_config, later ones the top level, and files exist in which the two disagree.
@@ -157,16 +231,10 @@ def _with_true_head(config: GraniteSpeechConfig, found: dict[Slot, Stored], path
         text = read_json(epath.Path(path) / CONFIG)["text_config"]
         tied = config.tie_word_embeddings or bool(text.get("tie_word_embeddings"))
     else:
-        tied = config.tie_word_embeddings and embedding is not None and _same(head, embedding)
+        tied = config.tie_word_embeddings and embedding is not None and same(head, embedding)
         if tied:
             del found[names.LM_HEAD, None]
     return dataclasses.replace(config, tie_word_embeddings=tied)
-
-
-def _same(one: Stored, other: Stored) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    return one.read().tobytes() == other.read().tobytes()
 
 
 def _compare(config: GraniteSpeechConfig, found: dict[Slot, Stored], problems: dict[str, list[str]]) -> None:

@@ -14,7 +14,14 @@ from model_port.config import GraniteSpeechConfig
 from model_port.weights import names
 from model_port.weights.hf_files import ADAPTER, DTYPES, INDEX, SINGLE
 from model_port.weights.lazy import contiguous, layers
-from model_port.weights.side_files import check_space, to_json, write_side_files, written_aside
+from model_port.weights.side_files import (
+    ADAPTER_CONFIG,
+    check_space,
+    read_json,
+    to_json,
+    write_side_files,
+    written_aside,
+)
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -43,6 +50,7 @@ def write_hf(
     *,
     source_dir: str | os.PathLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    same_weights: bool = False,
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Write {dotted path: array, read or not} as a Hugging Face directory in the published layout, dtypes as given.
@@ -50,6 +58,7 @@ def write_hf(
     Args:
         source_dir: model directory whose config, tokenizer and processor files are copied.
         max_shard_bytes: above this size the model is split into several files with an index.
+        same_weights: whether the weights are the source's, so that its adapter may go on naming the base it names.
         progress: told the bytes of every tensor that is written.
 
     Raises:
@@ -65,6 +74,18 @@ def write_hf(
         _write_base(partial, base, arrays, max_shard_bytes, progress)
         if adapter:
             _write_file(partial / ADAPTER, _specs(adapter, arrays), _tensors(adapter, arrays), progress)
+            _name_base(partial / ADAPTER_CONFIG, path, keep=same_weights)
+
+
+def _name_base(adapter_config: epath.Path, path: str | os.PathLike, *, keep: bool) -> None:
+    """Let the adapter say that its base is `path`, as transformers does when it saves.
+
+    transformers 4 loads the base from there, even if the directory has one: weights that were trained would be replaced
+    by those they were trained from.
+    """
+    values = read_json(adapter_config)
+    if not keep or "base_model_name_or_path" not in values:
+        adapter_config.write_bytes(to_json({**values, "base_model_name_or_path": os.path.abspath(path)}))
 
 
 def _write_base(

@@ -47,13 +47,14 @@ class LazyArray:
         """Return the array with another dtype; values are cast as they are read, from what is stored."""
         return dataclasses.replace(self, dtype=np.dtype(dtype))
 
-    def load(self) -> np.ndarray:
-        """Read the array.
+    def load(self, out: np.ndarray | None = None) -> np.ndarray:
+        """Read the array, into `out` if it is given.
 
         Raises:
             UserError: a value that its dtype turns into an infinity.
         """
-        out = np.empty(self.shape, self.dtype)
+        if out is None:
+            out = np.empty(self.shape, self.dtype)
         places = out if self.stacked else out[None]
         with ThreadPoolExecutor(COPIES) as threads:
             waiting = []

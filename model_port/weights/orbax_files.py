@@ -4,9 +4,11 @@ A directory may be partial: it then holds some of the parameters and names the b
 """
 
 import contextlib
+import functools
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.weights import names
-from model_port.weights.lazy import LazyArray, load
+from model_port.weights.lazy import LazyArray
 from model_port.weights.side_files import (
     DISK_FULL,
     check_space,
@@ -38,6 +40,8 @@ FORMAT = 1
 # Arrays are written together up to this size: one by one, a thousand small ones would take long.
 GROUP_BYTES = 2**29
 CHUNK_BYTES = 2**26
+# Arrays up to this size are read all at once, when the first is: Orbax takes long to begin.
+SMALL_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,13 @@ class Manifest:
         dtype: dtype of the stored arrays; "mixed" if they differ.
         base: directory that holds the parameters which are not here, or None.
         base_lora: what becomes of the base's own adapter: keep, merge (folded into its kernels) or none (dropped).
+        converted: whether the weights are those of the Hugging Face directory that the small files come from.
     """
 
     dtype: str
     base: str | None = None
     base_lora: str = "keep"
+    converted: bool = False
 
 
 def write_orbax(
@@ -63,6 +69,7 @@ def write_orbax(
     source_dir: str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
     base_lora: str = "keep",
+    converted: bool = False,
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Write {dotted path: array, read or not} as an Orbax model directory; every process of a run must call it.
@@ -71,6 +78,7 @@ def write_orbax(
         source_dir: model directory whose config, tokenizer and processor files are copied.
         base: model directory that holds the parameters which are not in `arrays`. It is remembered relative to
             `path` if it lies beside it or below, so that the tree can be moved, and by its full path otherwise.
+        converted: whether the weights are those of `source_dir`.
         progress: told the bytes of every group of arrays that is written.
 
     Raises:
@@ -83,6 +91,7 @@ def write_orbax(
         "dtype": dtypes.pop() if len(dtypes) == 1 else "mixed",
         "base": None if base is None else _reference(_absolute(base), path),
         "base_lora": base_lora,
+        "converted": converted,
     }
     leader = jax.process_index() == 0
     with written_aside(path, leader=leader, barrier=multihost_utils.sync_global_devices) as partial:
@@ -95,10 +104,13 @@ def write_orbax(
 
 def _write_params(path: epath.Path, arrays: Mapping[str, Any], progress: Callable[[int], None]) -> None:
     """Write the arrays group by group, so that no more than one group has to be in memory."""
+    groups = list(_groups(arrays))
+    # One piece of memory for all of them: fresh memory costs the system more time than reading into it.
+    memory = np.empty(max(sum(_aligned(arrays[name].nbytes) for name in group) for group in groups), np.uint8)
     try:
         with _storage(), _quiet():
-            for group in _groups(arrays):
-                loaded = {name: load(arrays[name]) for name in group}
+            for group in groups:
+                loaded = _load(group, arrays, memory)
                 ocp.partial.save(path, loaded)
                 progress(sum(array.nbytes for array in loaded.values()))
             ocp.partial.finalize(path)
@@ -107,6 +119,23 @@ def _write_params(path: epath.Path, arrays: Mapping[str, Any], progress: Callabl
         if not any(os.strerror(code) in str(error) for code in DISK_FULL):
             raise
         raise UserError(f"cannot write {path.parent}: the disk is full; make room or choose another one") from error
+
+
+def _load(group: list[str], arrays: Mapping[str, Any], memory: np.ndarray) -> dict[str, Any]:
+    """Return the arrays of a group, those to be read one after the other in `memory`."""
+    loaded = {}
+    end = 0
+    for name in group:
+        array = loaded[name] = arrays[name]
+        if isinstance(array, LazyArray):
+            begin, end = end, end + _aligned(array.nbytes)
+            loaded[name] = array.load(memory[begin:][: array.nbytes].view(array.dtype).reshape(array.shape))
+    return loaded
+
+
+def _aligned(nbytes: int) -> int:
+    """Round up, so that what follows can be of any dtype."""
+    return -(-nbytes // 64) * 64
 
 
 def _storage() -> ocp.Context:
@@ -121,13 +150,6 @@ def _storage() -> ocp.Context:
     saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
     saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES)
     context.memory.deepcopy_host_arrays = False
-    return context
-
-
-def _one_of_many() -> ocp.Context:
-    """Return how one array of a checkpoint is read."""
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
     return context
 
 
@@ -163,7 +185,14 @@ def open_orbax(path: str | os.PathLike) -> tuple[GraniteSpeechConfig, dict[str, 
         UserError: `params/` is absent or damaged; also when an array is loaded.
     """
     config, params, stored = _metadata(path)
-    return config, {name: _lazy(params, name, leaf) for name, leaf in stored.items()}
+    sizes = {name: math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for name, leaf in stored.items()}
+    together = {name: leaf for name, leaf in stored.items() if sizes[name] <= SMALL_BYTES}
+    small = functools.cache(lambda: _read(params, together))
+
+    def read(name: str) -> np.ndarray:
+        return small()[name] if name in together else _read(params, {name: stored[name]})[name]
+
+    return config, {name: _lazy(name, leaf, read) for name, leaf in stored.items()}
 
 
 def read_orbax(
@@ -198,15 +227,23 @@ def _metadata(path: str | os.PathLike) -> tuple[GraniteSpeechConfig, epath.Path,
     return config, params, stored
 
 
-def _lazy(params: epath.Path, name: str, leaf: Any) -> LazyArray:
+def _lazy(name: str, leaf: Any, read: Callable[[str], np.ndarray]) -> LazyArray:
     stacked = names.BY_PATH[name].stacked if name in names.BY_PATH else False
+    return LazyArray(
+        name=name,
+        shape=tuple(leaf.shape),
+        dtype=np.dtype(leaf.dtype),
+        stacked=stacked,
+        layers=lambda: read(name) if stacked else (read(name),),
+    )
 
-    def layers() -> Iterable[np.ndarray]:
-        with _explained(params), _one_of_many():
-            array = ocp.load(params, {name: _like(leaf)})[name]
-        return array if stacked else (array,)
 
-    return LazyArray(name=name, shape=tuple(leaf.shape), dtype=np.dtype(leaf.dtype), stacked=stacked, layers=layers)
+def _read(params: epath.Path, leaves: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Read some of the arrays."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with _explained(params), context:
+        return ocp.load(params, {name: _like(leaf) for name, leaf in leaves.items()})
 
 
 @contextlib.contextmanager
@@ -238,7 +275,8 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
                 f'put the base back, or correct "base" in {path / MANIFEST}'
             )
         base = os.fspath(resolved)
-    return Manifest(dtype=manifest["dtype"], base=base, base_lora=manifest.get("base_lora", "keep"))
+    kept = {name: manifest[name] for name in ("base_lora", "converted") if name in manifest}
+    return Manifest(dtype=manifest["dtype"], base=base, **kept)
 
 
 def _like(leaf: Any, sharding: Sharding | None = None) -> Any:

@@ -1,6 +1,7 @@
 """Which arrays a model of a given config has, how to put them in, and what to say when others are found."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,15 +35,40 @@ def fill(model: nnx.Module, value: Callable[[str], jax.Array]) -> None:
 
 def shapes(config: GraniteSpeechConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every array of the model, by dotted path."""
-    return {path: tuple(variable.shape) for path, variable in variables(abstract_model(config)).items()}
+    return dict(_shapes(config))
 
 
-def check(where: str, problems: dict[str, list[str]], remedy: str) -> None:
-    """Raise a UserError that lists the first few problems of every kind, if there are any."""
+@functools.lru_cache(maxsize=16)
+def _shapes(config: GraniteSpeechConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((path, tuple(variable.shape)) for path, variable in variables(abstract_model(config)).items())
+
+
+def compare(config: GraniteSpeechConfig, arrays: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return by kind what is wrong with {dotted path: array} for a model of this config; only shapes are looked at."""
+    expected = shapes(config)
+    return {
+        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in arrays],
+        "unexpected": [name for name in arrays if name not in expected],
+        "wrong shape": [
+            f"{name} is {tuple(arrays[name].shape)}, config.json asks for {shape}"
+            for name, shape in expected.items()
+            if name in arrays and tuple(arrays[name].shape) != shape
+        ],
+    }
+
+
+def listed(problems: Mapping[str, list[str]]) -> list[str]:
+    """Return a line for every kind of problem there is: how many, and the first few."""
     lines = []
     for kind, found in problems.items():
         if found:
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             lines.append(f"  {kind} ({len(found)}): {', '.join(sorted(found)[:SHOWN])}{more}")
+    return lines
+
+
+def check(where: str, problems: Mapping[str, list[str]], remedy: str) -> None:
+    """Raise a UserError that lists the first few problems of every kind, if there are any."""
+    lines = listed(problems)
     if lines:
         raise UserError("\n".join([f"{where}: the weights do not fit config.json", *lines, remedy]))

@@ -17,6 +17,7 @@ from model_port.batch import Batch
 from model_port.config import LORA_TARGETS, GraniteSpeechConfig, LoraConfig
 from model_port.errors import UserError
 from model_port.partition import MeshConfig, make_mesh, param_shardings
+from model_port.published import PUBLISHED
 from model_port.weights import names, tree
 from model_port.weights.convert import (
     build_model,
@@ -28,6 +29,7 @@ from model_port.weights.convert import (
     open_model,
     save_model,
 )
+from model_port.weights.hf_writer import write_hf
 from tests.hf_tiny import load_hf_dir, make_hf_model, save_hf_dir
 
 TINY = GraniteSpeechConfig.tiny()
@@ -99,6 +101,37 @@ def prompt():
 
 
 # ---- there and back
+
+
+def shrunk(config):
+    """A member of the family with its depths, heads, ties, adapter and special tokens, but narrow."""
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    plus = bool(config.encoder.cat_hidden_layers)
+    return dataclasses.replace(
+        config,
+        encoder=dataclasses.replace(config.encoder, hidden_dim=16, num_heads=2, dim_head=8, feedforward_mult=2),
+        projector=dataclasses.replace(config.projector, **small, encoder_hidden_size=32 if plus else 16),
+        decoder=dataclasses.replace(config.decoder, **small, num_key_value_heads=1),
+        lora=config.lora and dataclasses.replace(config.lora, rank=3),
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_member_of_the_family_comes_back_bit_by_bit(tmp_path, name):
+    config = shrunk(PUBLISHED[name])
+    random = np.random.default_rng(0)
+    arrays = {
+        path: random.normal(size=shape).astype(np.float32).astype(jnp.bfloat16)
+        for path, shape in tree.shapes(config).items()
+    }
+    write_hf(tmp_path / "source", config, arrays, max_shard_bytes=10**6)
+    convert(tmp_path / "source", tmp_path / "orbax")
+    assert_equal(model_arrays(load_model(tmp_path / "orbax", dtype="bfloat16")), arrays)
+    export(tmp_path / "orbax", tmp_path / "back", max_shard_bytes=10**6)
+    source, back = ({file.name: file.read_bytes() for file in (tmp_path / d).iterdir()} for d in ("source", "back"))
+    assert back == source
+    assert ("adapter_model.safetensors" in back) == (config.lora is not None)
+    assert len(back) > 4
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)

@@ -303,7 +303,7 @@ def test_adapter_of_several_ranks(copy):
 def test_written_tensors_are_those_that_were_read(tmp_path, dtype, max_shard_bytes):
     source = save_hf_dir(make_hf_model(CONFIG, seed=1).to(dtype), tmp_path / "source")
     config, arrays = read_hf(source)
-    write_hf(tmp_path / "out", config, arrays, source_dir=source, max_shard_bytes=max_shard_bytes)
+    write_hf(tmp_path / "out", config, arrays, source_dir=source, max_shard_bytes=max_shard_bytes, same_weights=True)
     files = sorted(file.name for file in (tmp_path / "out").glob("model*.safetensors"))
     assert len(files) == 1 if max_shard_bytes == 10**9 else len(files) > 1
     written = {key: value for file in files for key, value in load_file(tmp_path / "out" / file).items()}
@@ -362,3 +362,17 @@ def test_leftover_of_a_killed_process_is_replaced(published, tmp_path):
     write_hf(tmp_path / "out", config, arrays)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "stale").exists()
+
+
+@pytest.mark.parametrize("named", [{}, {"base_model_name_or_path": "ibm-granite/granite-speech"}])
+@pytest.mark.parametrize("same_weights", [True, False])
+def test_an_adapter_names_its_base(copy, tmp_path, named, same_weights):
+    # transformers 4 loads the base from there, whatever lies beside the adapter.
+    adapter = json.loads((copy / "adapter_config.json").read_text())
+    del adapter["base_model_name_or_path"]
+    (copy / "adapter_config.json").write_text(json.dumps({**adapter, **named}))
+    config, arrays = read_hf(copy)
+    write_hf(tmp_path / "out", config, arrays, source_dir=copy, same_weights=same_weights)
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    itself = {"base_model_name_or_path": str(tmp_path / "out")}
+    assert written == {**adapter, **(named if same_weights and named else itself)}
