@@ -22,7 +22,7 @@ usage: jgrpo COMMAND ...
   jgrpo demo                        train the demo model and compare base, SFT and GRPO
   jgrpo grpo CONFIG.py [OPTIONS]    Group Relative Policy Optimization
   jgrpo sft CONFIG.py [OPTIONS]     supervised fine-tuning on the references
-  jgrpo eval CONFIG.py [OPTIONS]    corpus BLEU, sampled over seeds and greedy, of a run's policy or its base
+  jgrpo eval CONFIG.py [OPTIONS]    the metrics of a run's policy or its base, beside the paper's
   jgrpo generate MODEL --audio FILE --prompt TEXT
 
 Every field of a config is an option: jgrpo grpo configs/demo_grpo.py --num-steps 20 --mesh.data 2
@@ -118,11 +118,13 @@ def until_stopped(train: Callable, config) -> None:
 def run_eval(arguments: list[str]) -> None:
     """Evaluate a run's policy, its base where it has none yet, or another model on the config's test manifests."""
     from jgrpo.config import RunConfig, with_model
+    from jgrpo.paper import base_row
+    from jgrpo.report import evaluation_table
     from jgrpo.setup import evaluate_model
 
     summary = (
-        "Corpus BLEU on the manifests of data.test: of the policy in the run directory, of the base where there is "
-        "none yet, or of the model directory given as --policy MODEL."
+        "The scores of eval.metrics on the manifests of data.test: of the policy in the run directory, of the base "
+        "where there is none yet, or of the model directory given as --policy MODEL."
     )
     config, rest = read_config("eval", arguments, RunConfig, summary)
     parser = argparse.ArgumentParser(prog=f"jgrpo eval {arguments[0]}", add_help=False, allow_abbrev=False)
@@ -134,33 +136,24 @@ def run_eval(arguments: list[str]) -> None:
         raise UserError("data.test names no manifest; give one: --data.test FILE.jsonl")
     if len(manifests) < len(config.data.test):
         raise UserError(f"results go by file name, and data.test has one twice: {', '.join(config.data.test)}")
-    trained = Path(config.run_dir) / "policy"
+    base, trained = config.model.path, Path(config.run_dir) / "policy"
     policy = chosen.policy or (trained if trained.exists() else None)
     if policy is None:
         print(f"{trained} does not exist yet: evaluating the base, {config.model.path}")
     else:
         config = with_model(config, policy)
         print(f"evaluating {policy}")
+    is_base = Path(config.model.path).resolve() == Path(base).resolve()
+    paper = base_row(config.paper) if config.paper and is_base else config.paper
     out = Path(config.run_dir) / "eval" / result_name(Path(config.model.path), trained)
     for name, result in evaluate_model(config, manifests, out=out).items():
-        print(describe(name, result))
+        print(f"\n{evaluation_table(name, result, paper=paper)}")
     print(f"predictions and results.json are in {out}")
 
 
 def result_name(model: Path, trained: Path) -> str:
     """Return the directory of a model's results; a policy of another run goes by that run's name."""
     return model.parent.name if model.name == "policy" and model != trained else model.name
-
-
-def describe(name: str, result: dict) -> str:
-    """Return one line of results."""
-    parts = [f"{name}: {result['examples']} examples"]
-    if result["sampled"]:
-        sampled = result["sampled"]
-        parts.append(f"sampled BLEU {sampled['mean']:.2f} ± {sampled['sd']:.2f} over {len(sampled['seeds'])} seeds")
-    if result["greedy"] is not None:
-        parts.append(f"greedy BLEU {result['greedy']:.2f}")
-    return ", ".join(parts) + f"\n  {result['signature']}"
 
 
 @dataclass(frozen=True)
@@ -181,6 +174,8 @@ class GenerateOptions:
     """0 decodes greedily."""
     top_p: float = 1.0
     """Sample from the most probable tokens that hold this mass."""
+    beams: int = 0
+    """Width of a beam search, which gives one answer; 0 for none."""
     max_new_tokens: int = 200
     """Longest answer."""
     seed: int = 0
@@ -195,18 +190,23 @@ def run_generate(arguments: list[str]) -> None:
     import jax
 
     from model_port import Processor, generate, load_model
+    from model_port.beam import beam_search, check_beams
     from model_port.generate import check_sampling
 
     sampling = {name: getattr(options, name) for name in ("num_samples", "max_new_tokens", "temperature", "top_p")}
     check_sampling(**sampling)
+    search = {"num_beams": options.beams, "max_new_tokens": options.max_new_tokens}
+    if options.beams:
+        check_beams(**search)
+        if options.num_samples > 1 or options.temperature > 0:
+            raise UserError("beam search gives one answer and draws nothing: leave --num-samples and --temperature out")
     processor = Processor.from_pretrained(options.model)
     batch = processor(audio=list(options.audio), prompts=[options.prompt], system=options.system)
-    out = generate(
-        load_model(options.model, dtype=options.dtype),
-        batch,
-        key=jax.random.key(options.seed),
-        **sampling,
-    )
+    model = load_model(options.model, dtype=options.dtype)
+    if options.beams:
+        out = beam_search(model, batch, **search)
+    else:
+        out = generate(model, batch, key=jax.random.key(options.seed), **sampling)
     for text in processor.decode(out)[0]:
         print(text.strip())
 

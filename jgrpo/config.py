@@ -12,149 +12,23 @@ import re
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jgrpo.checks import check_least, check_types
-from jgrpo.core.advantages import SCALES
-from jgrpo.core.kl import ESTIMATORS
-from jgrpo.core.losses import IMPORTANCE, LOSS_TYPES
+from jgrpo.options import (
+    CheckpointOptions,
+    DataOptions,
+    EvalOptions,
+    GRPOOptions,
+    MetricOptions,
+    ModelOptions,
+    OptimiserOptions,
+)
+from jgrpo.paper import paper_row
 from model_port.config import LORA_TARGETS
 from model_port.errors import UserError
 from model_port.generate import check_sampling
 from model_port.partition import MeshConfig, check_divides
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """The policy to start from, and what of it is trained."""
-
-    path: str
-    """A Hugging Face directory or an Orbax model directory."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation and of the frozen parameters; trained parameters are kept in float32."""
-    lora: Literal["keep", "merge", "none", "fresh"] = "keep"
-    """The released adapter: keep it as part of the policy, merge it, drop it, or merge it and add a fresh one."""
-    lora_rank: int = 64
-    """Rank of a fresh adapter."""
-    lora_alpha: float = 32.0
-    """Alpha of a fresh adapter; its update is scaled by alpha / rank."""
-    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Linear layers of the decoder that get a fresh adapter."""
-    trainable: tuple[str, ...] = ("projector", "lora")
-    """Patterns of parameter names to train: projector, lora, decoder, encoder, a longer path, or all."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes, per layer: nothing, all but matrix products, or everything."""
-    logprob_chunk: int = 4096
-    """Completion tokens whose logits exist at one time."""
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Where prompts, audio and references come from, and the shapes they are padded to."""
-
-    train: str
-    """JSONL manifest: audio, prompt, reference and further columns; audio paths are relative to it."""
-    validation: str | None = None
-    """Manifest that the run is evaluated on while it trains."""
-    test: tuple[str, ...] = ()
-    """Manifests for `jgrpo eval`."""
-    audio_buckets: tuple[float, ...] = (5.0, 10.0, 20.0, 35.0)
-    """Seconds that clips are padded to: the smallest that holds a batch. A longer clip is an error."""
-    max_prompt_tokens: int = 256
-    """Text tokens of a prompt, audio not counted; a longer prompt is an error."""
-    system: str | None = None
-    """System message of all prompts; none by default, whatever the chat template would invent."""
-    cache_features: bool = False
-    """Keep the features of every clip in host memory after the first epoch."""
-    cache_encoder: bool = False
-    """Run the frozen encoder once over all clips when the run starts, and keep its output in host memory."""
-
-
-@dataclass(frozen=True)
-class OptimiserOptions:
-    """AdamW with warm-up; the schedule runs over `num_steps` updates."""
-
-    learning_rate: float = 5e-6
-    """Peak learning rate."""
-    warmup_fraction: float = 0.05
-    """Share of the updates spent rising to the peak."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
-    final_fraction: float = 0.1
-    """Learning rate at the end, as a share of the peak."""
-    beta1: float = 0.9
-    """AdamW's decay of the first moment."""
-    beta2: float = 0.999
-    """AdamW's decay of the second moment."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay; norm scales and biases are left alone."""
-    clip_norm: float | None = 1.0
-    """Global norm that the gradient is clipped to."""
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """The paper's protocol (temperature 0.9, top-p 0.9, several seeds) and greedy decoding beside it."""
-
-    every: int = 0
-    """Evaluate on the validation set after every so many steps, and keep the best policy; 0 never does."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds of the sampled passes of a final evaluation."""
-    validation_seeds: tuple[int, ...] = (0, 1)
-    """Seeds of the sampled passes while training; without any, validation decodes greedily."""
-    temperature: float = 0.9
-    """Of the sampled passes."""
-    top_p: float = 0.9
-    """Of the sampled passes."""
-    greedy: bool = True
-    """Also decode greedily in a final evaluation."""
-    batch_size: int = 16
-    """Prompts decoded at a time."""
-    lowercase: bool = False
-    """Corpus BLEU without regard to case; the sacrebleu signature says so."""
-
-
-@dataclass(frozen=True)
-class CheckpointOptions:
-    """What survives a kill."""
-
-    every: int = 50
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
-    """Newest checkpoints that stay on disk."""
-
-
-@dataclass(frozen=True)
-class GRPOOptions:
-    """Group Relative Policy Optimization. Defaults are the paper's where it states one, else TRL's."""
-
-    num_samples: int = 8
-    """Completions per prompt, G (paper 4.2)."""
-    temperature: float = 1.0
-    """Of the rollout, and of the log-probs in the loss (paper 4.2)."""
-    beta: float = 0.02
-    """Weight of the KL to the frozen initial policy (paper 4.2); 0 skips the reference."""
-    kl: Literal[tuple(ESTIMATORS)] = "k3"
-    """Estimator of that KL."""
-    epsilon_low: float = 0.2
-    """The ratio is clipped below 1 - epsilon_low (TRL)."""
-    epsilon_high: float = 0.2
-    """The ratio is clipped above 1 + epsilon_high (TRL)."""
-    loss_type: Literal[LOSS_TYPES] = "dapo"
-    """How token losses are normalised (paper eq. 3: dapo)."""
-    importance: Literal[IMPORTANCE] = "token"
-    """Importance ratio per token, or per sequence (GSPO)."""
-    advantage_scale: Literal[SCALES] = "group"
-    """What rewards minus their group's mean are divided by (paper eq. 1: the group's deviation)."""
-    num_iterations: int = 1
-    """Updates per rollout, mu (TRL)."""
-    reward: tuple[str, ...] = ("bleu",)
-    """Reward components: bleu, chrf, exact, wer, or a function of yours as package.module:function."""
-    reward_weights: tuple[float, ...] = ()
-    """One weight per component; all 1 when left out."""
-
 
 # The least value of fields that are counts or sizes.
 LEAST = {
@@ -170,11 +44,26 @@ LEAST = {
     "data.max_prompt_tokens": 1,
     "eval.every": 0,
     "eval.batch_size": 1,
+    "eval.beams": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "mesh.data": 1,
     "mesh.fsdp": 1,
     "mesh.tensor": 1,
+}
+
+LEAST_OF_GRPO = {
+    "grpo.beta": 0,
+    "grpo.epsilon_low": 0,
+    "grpo.epsilon_high": 0,
+    "grpo.num_iterations": 1,
+    "grpo.num_minibatches": 1,
+    "grpo.off_policy_shaping": 0,
+    "grpo.overlong_buffer": 0,
+    "grpo.overlong_penalty": 0,
+    "grpo.dynamic_sampling": 0,
+    "grpo.rollout_chunks": 1,
+    "grpo.reward_workers": 0,
 }
 
 
@@ -199,11 +88,14 @@ class RunConfig:
     optimiser: OptimiserOptions = field(default_factory=OptimiserOptions)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalOptions = field(default_factory=EvalOptions)
+    metrics: MetricOptions = field(default_factory=MetricOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     completions_every: int = 10
     """Steps between files of sampled completions; 0 writes none."""
     max_skipped_updates: int = 10
     """Updates with a non-finite loss or gradient that are skipped and counted before the run stops."""
+    paper: str | None = None
+    """Row of the paper's tables that this run stands beside, such as librisqa/2b/grpo."""
 
     def validate(self) -> None:
         """Check everything that can be checked before the model is loaded.
@@ -225,8 +117,14 @@ class RunConfig:
             temperature=self.eval.temperature,
             top_p=self.eval.top_p,
         )
-        if not self.eval.seeds and not self.eval.greedy:
-            raise UserError("eval.seeds is empty and eval.greedy is off: nothing would be evaluated; set one of them")
+        if not self.eval.seeds and not self.eval.greedy and not self.eval.beams:
+            raise UserError(
+                "eval.seeds is empty, eval.greedy is off and eval.beams is 0: nothing would be evaluated; set one"
+            )
+        if self.eval.beams == 1:
+            raise UserError("eval.beams is 1, which is greedy decoding; use 2 or more, or 0 for no beam search")
+        if self.paper is not None:
+            paper_row(self.paper)
         if self.eval.every and not self.data.validation:
             raise UserError(
                 "eval.every is set but data.validation is not: name a validation manifest or set every to 0"
@@ -252,31 +150,94 @@ class GRPOConfig(RunConfig):
     def validate(self) -> None:
         """See RunConfig.validate."""
         super().validate()
+        check_least(self, LEAST_OF_GRPO)
+        self._check_rollout()
+        self._check_groups()
+        self._check_loss()
+        self._check_rows()
+
+    def _check_rollout(self) -> None:
         grpo = self.grpo
-        check_least(self, {f"grpo.{name}": 0 for name in ("beta", "epsilon_low", "epsilon_high")})
         check_sampling(
             num_samples=grpo.num_samples,
             max_new_tokens=self.max_completion_tokens,
             temperature=grpo.temperature,
-            top_p=1.0,
+            top_p=grpo.top_p,
+            top_k=grpo.top_k,
+            min_p=grpo.min_p,
         )
-        if grpo.num_samples < 2 and grpo.advantage_scale != "none":
-            raise UserError(f"grpo.num_samples is {grpo.num_samples}: a group needs at least 2 samples to compare")
-        if grpo.temperature == 0:
+        for name, greedy in (("temperature", 0), ("top_k", 1), ("min_p", 1)):
+            if getattr(grpo, name) == greedy:
+                raise UserError(
+                    f"grpo.{name} is {greedy}: greedy samples of a prompt are all alike; use a positive temperature, "
+                    "a top_k of 0 or more than 1, and a min_p below 1"
+                )
+        if grpo.overlong_buffer > self.max_completion_tokens:
             raise UserError(
-                "grpo.temperature is 0: greedy samples of a prompt are all alike; use a positive temperature"
+                f"grpo.overlong_buffer is {grpo.overlong_buffer} tokens and max_completion_tokens is "
+                f"{self.max_completion_tokens}; the buffer must fit into it"
             )
+
+    def _check_groups(self) -> None:
+        grpo = self.grpo
+        for needs, holds in (
+            (f"advantage_scale {grpo.advantage_scale}", grpo.advantage_scale != "none"),
+            ("filter_zero_variance", grpo.filter_zero_variance),
+            ("dynamic_sampling", grpo.dynamic_sampling > 0),
+        ):
+            if holds and grpo.num_samples < 2:
+                raise UserError(
+                    f"grpo.num_samples is {grpo.num_samples}: for {needs} a group needs at least 2 samples to compare"
+                )
+        if grpo.mixed_policy and grpo.num_samples < 2:
+            raise UserError(
+                f"grpo.num_samples is {grpo.num_samples}: with mixed_policy one of them is the reference, and at least "
+                "one must be sampled; use 2 or more"
+            )
+        if grpo.off_policy_shaping and not grpo.mixed_policy:
+            raise UserError(
+                f"grpo.off_policy_shaping is {grpo.off_policy_shaping} and mixed_policy is off: there is nothing to "
+                "shape; switch mixed_policy on or set it to 0"
+            )
+        if grpo.reward_weights and len(grpo.reward_weights) != len(grpo.reward):
+            raise UserError(
+                f"grpo.reward names {len(grpo.reward)} components and reward_weights gives {len(grpo.reward_weights)}"
+            )
+
+    def _check_loss(self) -> None:
+        grpo = self.grpo
         if grpo.loss_type == "cispo" and grpo.epsilon_high <= 1:
             raise UserError(
                 f"grpo.epsilon_high is {grpo.epsilon_high}: with cispo it is the bound on the ratio itself; "
                 "use a number above 1, such as 5"
             )
-        if grpo.num_iterations < 1:
-            raise UserError(f"grpo.num_iterations must be at least 1, got {grpo.num_iterations}")
-        if grpo.reward_weights and len(grpo.reward_weights) != len(grpo.reward):
+        if grpo.loss_type == "cispo" and grpo.delta is not None:
             raise UserError(
-                f"grpo.reward names {len(grpo.reward)} components and reward_weights gives {len(grpo.reward_weights)}"
+                f"grpo.delta is {grpo.delta}: cispo bounds the ratio by epsilon_high alone; set delta to None"
             )
+        if grpo.delta is not None and grpo.delta <= 1 + grpo.epsilon_high:
+            raise UserError(
+                f"grpo.delta is {grpo.delta}; it bounds the ratio beyond the clip and must be above "
+                f"1 + epsilon_high = {1 + grpo.epsilon_high}"
+            )
+
+    def _check_rows(self) -> None:
+        """Check that the prompts divide into minibatches, micro-batches and chunks, and each over the mesh."""
+        grpo, prompts = self.grpo, self.prompts_per_step
+        pieces = grpo.num_minibatches * self.micro_batches
+        if prompts % pieces:
+            raise UserError(
+                f"prompts_per_step {prompts} must be a multiple of grpo.num_minibatches {grpo.num_minibatches} x "
+                f"micro_batches {self.micro_batches} = {pieces}"
+            )
+        if prompts % grpo.rollout_chunks:
+            raise UserError(f"prompts_per_step {prompts} must be a multiple of rollout_chunks {grpo.rollout_chunks}")
+        check_divides("prompts per minibatch and micro-batch", prompts // pieces, self.mesh)
+        check_divides("prompts per rollout chunk", prompts // grpo.rollout_chunks, self.mesh)
+
+    def num_updates(self) -> int:
+        """Return the optimiser's updates in the whole run."""
+        return self.num_steps * self.grpo.num_iterations * self.grpo.num_minibatches
 
     def reward_spec(self) -> dict[str, float]:
         """Return {component: weight}."""
@@ -342,9 +303,12 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "completions_every",
     "max_skipped_updates",
+    "paper",
     "data.validation",
     "data.test",
     "data.cache_features",
+    "grpo.rollout_chunks",
+    "grpo.reward_workers",
 )
 
 

@@ -7,8 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from jgrpo.paper import COLUMNS, paper_row
+
 SMOOTHING = 15  # steps in the running mean of the reward curve
 TITLES = {"base": "base", "sft": "+ SFT", "grpo": "+ GRPO"}
+METRIC_TITLES = {
+    "bleu": "BLEU",
+    "bertscore": "BERTScore",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "meteor": "METEOR",
+    "chrf": "chrF",
+    "wer": "WER",
+    "cer": "CER",
+}
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -23,23 +36,52 @@ def step_seconds(rows: list[dict[str, Any]]) -> np.ndarray:
     return seconds
 
 
+def evaluation_table(name: str, result: Mapping[str, Any], *, paper: str | None = None) -> str:
+    """Return what was found on one manifest: a row for each way to decode, the paper's row beneath, and the labels.
+
+    Args:
+        result: of results.json.
+        paper: key of the paper's row; None for none.
+    """
+    metrics = dict(result["metrics"])
+    titles = [METRIC_TITLES.get(metric, metric) for metric in metrics]
+    if result["average"] is not None:
+        metrics["average"] = result["average"]
+        titles.append("AVG")
+    lines = [["", *titles]]
+    for way, title in (("sampled", "sampled"), ("greedy", "greedy"), ("beam", f"beam {result['beams']}")):
+        if next(iter(metrics.values()))[way] is not None:
+            lines.append([title, *(_cell(scores[way]) for scores in metrics.values())])
+    if paper is not None:
+        theirs = paper_row(paper)
+        if set(COLUMNS) <= theirs.keys():
+            theirs["average"] = float(np.mean(list(theirs.values())))
+        lines.append([f"paper, {paper}", *(_cell(theirs.get(metric)) for metric in metrics)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in lines]
+    labels = [f"{metric}: {scores['label']}" for metric, scores in result["metrics"].items()]
+    seeds = f", {len(result['seeds'])} seeds" if result["seeds"] else ""
+    return "\n".join([f"{name}: {result['examples']} examples{seeds}", *table, "", *labels]) + "\n"
+
+
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a Markdown table: corpus BLEU sampled (mean ± deviation over seeds) and greedy, known and new voices."""
     first = next(iter(results.values()))
+    signature = first["metrics"]["bleu"]["label"].removeprefix("BLEU ")
     lines = [
-        f"Corpus BLEU, {first['examples']} held-out sentences each ({first['signature']})",
+        f"Corpus BLEU, {first['examples']} held-out sentences each ({signature})",
         "",
         "| | sampled | greedy | new voices, sampled | new voices, greedy | training |",
         "|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
-        voices = result["held_out_voices"]
+        known, new = result["metrics"]["bleu"], result["held_out_voices"]["metrics"]["bleu"]
         cells = [
             TITLES.get(name, name),
-            _spread(result["sampled"]),
-            f"{result['greedy']:.1f}",
-            _spread(voices["sampled"]),
-            f"{voices['greedy']:.1f}",
+            _spread(known["sampled"]),
+            f"{known['greedy']:.1f}",
+            _spread(new["sampled"]),
+            f"{new['greedy']:.1f}",
             f"{result['seconds']:.0f} s" if result["seconds"] else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -88,6 +130,13 @@ def draw_curves(runs: Mapping[str, Path], path: Path) -> None:
         axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _cell(score: Mapping[str, Any] | float | None) -> str:
+    """Return a mean with its deviation, a number, or a dash."""
+    if score is None:
+        return "-"
+    return f"{score['mean']:.2f} ± {score['sd']:.2f}" if isinstance(score, Mapping) else f"{score:.2f}"
 
 
 def _spread(sampled: Mapping[str, Any]) -> str:

@@ -1,37 +1,80 @@
-"""From prompts to scored groups: sample on the device, score on the host, turn rewards into advantages."""
+"""Between the device's samples and its update: keys, references, rewards, advantages, metrics, as host arrays."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float
 
 from jgrpo.core.advantages import group_advantages, zero_variance
+from jgrpo.core.shaping import overlong_penalty
 from jgrpo.data.pipeline import PromptBatch
+from jgrpo.options import GRPOOptions
 from jgrpo.rewards import Reward
 from model_port.batch import Completions
 from model_port.sampling import row_keys
 
-ROLLOUT = 1  # the purpose folded into a step's key; evaluation has its own
+# The purpose folded into a seed's key: sampling for the stream's prompts, and for those that replace them in dynamic
+# sampling; evaluation has its own.
+ROLLOUT, FURTHER = 1, 3
 
 
-def step_keys(seed: int, step: int, *, num_prompts: int, num_samples: int) -> jax.Array:
-    """Return keys [P, G], a pure function of seed, step and row: no two steps share noise, and a resume repeats it."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROLLOUT), step)
+def step_keys(seed: int, step: int, *, num_prompts: int, num_samples: int, round: int = 0) -> jax.Array:
+    """Return keys [P, G], a pure function of seed, step, row and round.
+
+    No two steps share noise, no two rollouts of a step (round counts the further ones of dynamic sampling from 1), and
+    a resume repeats it.
+    """
+    key = jax.random.key(seed)
+    for part in (ROLLOUT, step) if round == 0 else (FURTHER, step, round):
+        key = jax.random.fold_in(key, part)
     return row_keys(key, num_prompts=num_prompts, num_samples=num_samples)
 
 
+def with_references(out: Completions, prompts: PromptBatch, rows: slice) -> Completions:
+    """Append the references of these prompts as the last member of each group; their log-probs are never read."""
+    tokens, mask = prompts.reference_tokens[rows], prompts.reference_mask[rows]
+    return Completions(
+        tokens=np.concatenate([out.tokens, tokens], axis=1),
+        mask=np.concatenate([out.mask, mask], axis=1),
+        logp=np.concatenate([out.logp, np.zeros(tokens.shape, np.float32)], axis=1),
+    )
+
+
+def reference_rows(shape: tuple[int, int]) -> Bool[np.ndarray, "P G"]:
+    """Return which completions are references where `with_references` has appended them."""
+    return np.broadcast_to(np.arange(shape[1]) == shape[1] - 1, shape)
+
+
+def flat_examples(
+    texts: Sequence[Sequence[str]], prompts: PromptBatch, rows: slice
+) -> tuple[list[str], list[str], dict[str, list[Any]]]:
+    """Return completions, references and columns, one value per completion of these prompts' groups."""
+
+    def repeat(values):
+        return [value for value, group in zip(values[rows], texts, strict=True) for _ in group]
+
+    columns = {name: repeat(values) for name, values in prompts.columns.items()}
+    return [text for group in texts for text in group], repeat(prompts.references), columns
+
+
 def score_groups(
-    reward: Reward, texts: Sequence[Sequence[str]], prompts: PromptBatch
+    reward: Reward, components: dict[str, np.ndarray], lengths: np.ndarray, options: GRPOOptions, *, limit: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return rewards [P, G] and every component's [P, G]; references and columns are repeated over the group."""
-    samples = len(texts[0])
-    flat = [text for group in texts for text in group]
-    references = [reference for reference in prompts.references for _ in range(samples)]
-    columns = {name: [value for value in values for _ in range(samples)] for name, values in prompts.columns.items()}
-    components = reward.components(flat, references, **columns)
-    shape = (len(texts), samples)
-    return reward.total(components).reshape(shape), {name: value.reshape(shape) for name, value in components.items()}
+    """Return rewards [P, G] and every component [P, G], a penalty for overlong completions among them if asked for.
+
+    Args:
+        components: of `reward`, [P, G].
+        lengths: of the completions in tokens, [P, G].
+        limit: the greatest length.
+    """
+    total = reward.total(components)
+    if options.overlong_buffer == 0:
+        return total, components
+    buffer, penalty = options.overlong_buffer, options.overlong_penalty
+    overlong = overlong_penalty(lengths, limit=limit, buffer=buffer, penalty=penalty)
+    return total + overlong, {**components, "overlong": overlong}
 
 
 def advantages(rewards: np.ndarray, scale: str) -> np.ndarray:
@@ -39,10 +82,45 @@ def advantages(rewards: np.ndarray, scale: str) -> np.ndarray:
     return group_advantages(rewards.astype(np.float64), scale).astype(np.float32)
 
 
+def learnt_tokens(
+    mask: Bool[np.ndarray, "P G T"],
+    eos: Bool[np.ndarray, "P G"],
+    rewards: Float[np.ndarray, "P G"],
+    options: GRPOOptions,
+) -> Bool[np.ndarray, "P G T"]:
+    """Return the mask without the completions and groups that the options leave out of the loss."""
+    if options.mask_truncated:
+        mask = mask & eos[:, :, None]
+    if options.filter_zero_variance:
+        mask = mask & ~zero_variance(rewards)[:, None, None]
+    return mask
+
+
+def fill_groups(groups: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    """Replace groups whose rewards are all equal by found ones whose rewards are not; return them and how many.
+
+    No example comes in that is among `groups` already. Groups that cannot be replaced stay.
+
+    Args:
+        groups, found: arrays whose first axis is prompts, "indices" and "rewards" among them.
+    """
+    lacking = np.flatnonzero(zero_variance(groups["rewards"]))
+    held, rows = set(groups["indices"].tolist()), []
+    for row in np.flatnonzero(~zero_variance(found["rewards"])).tolist():
+        index = int(found["indices"][row])
+        if index not in held and len(rows) < len(lacking):
+            held.add(index)
+            rows.append(row)
+    filled = {name: values.copy() for name, values in groups.items()}
+    for name, values in filled.items():
+        values[lacking[: len(rows)]] = found[name][rows]
+    return filled, len(rows)
+
+
 def rollout_metrics(
     rewards: np.ndarray, components: dict[str, np.ndarray], mask: np.ndarray, eos: np.ndarray
 ) -> dict[str, Any]:
-    """Return the metrics of a rollout, named as TRL's users know them.
+    """Return the metrics of sampled completions, named as TRL's users know them.
 
     Args:
         mask: of the completions [P, G, T].
@@ -58,6 +136,16 @@ def rollout_metrics(
         "completions/min_length": int(lengths.min()),
         "completions/max_length": int(lengths.max()),
         "completions/clipped_ratio": float(1.0 - eos.mean()),
+        "num_tokens": int(lengths.sum()),
+    }
+
+
+def mixed_metrics(rewards: np.ndarray, values: np.ndarray) -> dict[str, float]:
+    """Return what is known of the references, the last of each group; `values` are the advantages [P, G]."""
+    return {
+        "frac_reward_zero_std": float(zero_variance(rewards).mean()),
+        "mixed/reference_reward": float(rewards[:, -1].mean()),
+        "mixed/reference_advantage": float(values[:, -1].mean()),
     }
 
 

@@ -17,7 +17,7 @@ from jgrpo.config import ModelOptions, RunConfig, check_same_run, save_config
 from jgrpo.data.manifest import read_manifest
 from jgrpo.data.pipeline import PromptData
 from jgrpo.encode import ClipEncoder
-from jgrpo.evaluate import Evaluation, evaluate, write_predictions
+from jgrpo.evaluate import Evaluation, Passes, check_metrics, evaluate, write_predictions
 from jgrpo.runtime.checkpoint import RunCheckpoints
 from jgrpo.runtime.metrics import MetricsWriter
 from jgrpo.runtime.optimiser import make_optimiser
@@ -188,6 +188,7 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
     data = read_data(config, config.data.train, processor, rows=config.prompts_per_step, references=references)
     validation = None
     if config.eval.every:
+        check_metrics(config)
         rows = config.eval.batch_size
         validation = read_data(config, config.data.validation, processor, rows=rows, references=False)
     directory = Path(config.run_dir)
@@ -256,7 +257,7 @@ def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> N
     config = run.config
     run.step += 1
     if metrics["skipped"]:
-        run.skipped += 1
+        run.skipped += round(metrics["skipped"])
         run.progress.note(
             f"step {run.step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}: not finite, so the update was "
             f"skipped ({run.skipped} so far)"
@@ -264,8 +265,9 @@ def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> N
     last = run.step == config.num_steps
     if run.validation is not None and (run.step % config.eval.every == 0 or last):
         with run.timer("evaluate"):
-            metrics["eval/bleu"] = validate(run)
-        run.progress.note(f"step {run.step}: validation BLEU {metrics['eval/bleu']:.2f}")
+            found = validate(run)
+        metrics |= {f"eval/{name}": value for name, value in found.items()}
+        run.progress.note(f"step {run.step}: validation " + ", ".join(f"{name} {found[name]:.2f}" for name in found))
     seconds = run.timer.take()
     metrics |= {f"seconds/{phase}": value for phase, value in seconds.items()}
     run.metrics.write(run.step, metrics)
@@ -291,32 +293,26 @@ def why_stop(run: Run, metrics: dict[str, Any]) -> Exception | None:
     return None
 
 
-def validate(run: Run) -> float:
-    """Evaluate on the validation set and keep the policy if it is the best so far; return the mean BLEU."""
-    seeds = run.config.eval.validation_seeds
-    result = evaluate_policy(run, run.validation, seeds=seeds, greedy=not seeds)
-    if run.best is None or result.mean > run.best["bleu"]:
-        run.best = {"step": run.step, "bleu": result.mean}
+def validate(run: Run) -> dict[str, float]:
+    """Evaluate on the validation set and keep the policy if it is the best so far; return every metric's mean.
+
+    The first metric decides. Where a run goes on with another one, the search for its best policy starts anew.
+    """
+    result = evaluate_policy(run, run.validation, Passes.validation(run.config.eval))
+    means = {name: result.mean(name) for name in run.config.eval.metrics}
+    metric, value = next(iter(means.items()))
+    best = run.best if run.best is not None and run.best["metric"] == metric else None
+    if best is None or (value < best["value"] if result.lower_is_better(metric) else value > best["value"]):
+        run.best = {"step": run.step, "metric": metric, "value": value}
         save_policy(run)
-    return result.mean
+    return means
 
 
-def evaluate_policy(run: Run, data: PromptData, *, seeds: tuple[int, ...], greedy: bool) -> Evaluation:
+def evaluate_policy(run: Run, data: PromptData, passes: Passes) -> Evaluation:
     """Evaluate the policy in training."""
-    policy, config = run.policy, run.config
-    return evaluate(
-        run.programs,
-        run.encode,
-        run.state.params,
-        policy.frozen,
-        data,
-        policy.processor,
-        mesh=policy.mesh,
-        options=config.eval,
-        num_tokens=config.max_completion_tokens,
-        seeds=seeds,
-        greedy=greedy,
-    )
+    policy, arrays = run.policy, (run.state.params, run.policy.frozen)
+    settings = {"mesh": policy.mesh, "config": run.config, "passes": passes}
+    return evaluate(run.programs, run.encode, *arrays, data, policy.processor, **settings)
 
 
 def save_policy(run: Run) -> None:
@@ -353,6 +349,7 @@ def finish_run(run: Run) -> None:
 def evaluate_model(config: RunConfig, manifests: dict[str, str], *, out: Path) -> dict[str, Any]:
     """Evaluate `config.model` on manifests by name; write predictions and results.json under `out`; return those."""
     config.validate()
+    check_metrics(config)
     processor = Processor.from_pretrained(config.model.path)
     sets = {
         name: read_data(config, path, processor, rows=config.eval.batch_size, references=False)
@@ -360,22 +357,14 @@ def evaluate_model(config: RunConfig, manifests: dict[str, str], *, out: Path) -
     }
     policy = load_policy(config, processor)
     programs = policy_programs(policy, sft_objective(), updates=1)
+    encode = ClipEncoder(programs, policy.frozen, policy.mesh)
+    arrays = (policy.trained, policy.frozen)
+    settings = {"mesh": policy.mesh, "config": config, "passes": Passes.final(config.eval)}
     results = {}
     for name, data in sets.items():
-        result = evaluate(
-            programs,
-            ClipEncoder(programs, policy.frozen, policy.mesh),
-            policy.trained,
-            policy.frozen,
-            data,
-            processor,
-            mesh=policy.mesh,
-            options=config.eval,
-            num_tokens=config.max_completion_tokens,
-            seeds=config.eval.seeds,
-            greedy=config.eval.greedy,
-        )
+        result = evaluate(programs, encode, *arrays, data, processor, **settings)
         write_predictions(result, out / f"{name}.jsonl")
         results[name] = result.summary()
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if jax.process_index() == 0:
+        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results

@@ -4,8 +4,10 @@ The trained parameters and the optimiser state are donated to `update`. A prompt
 and values exist once per prompt in every program.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,10 @@ from jaxtyping import Bool, Float, Int, PyTree
 
 from jgrpo.config import GRPOOptions
 from jgrpo.core.logprobs import chunked_logprobs
-from jgrpo.core.losses import sft_token_loss, token_loss, token_weights
+from jgrpo.core.losses import ON_POLICY_METRICS, on_policy_mask, sft_token_loss, token_loss, token_weights
 from jgrpo.runtime.optimiser import all_finite, select_tree
 from model_port.batch import Batch, struct
+from model_port.beam import search_completions
 from model_port.generate import sample_completions
 from model_port.params import ModelDef, Params
 from model_port.partition import batch_sharding
@@ -45,10 +48,11 @@ class Targets:
 
     Attributes:
         tokens: completion tokens; positions after the end hold the pad id.
-        mask: true up to and including the end-of-sequence token.
+        mask: true where a token is learnt from: up to and including the end-of-sequence token, or nowhere.
         old_logp: log-probs under the policy that sampled; zeros for references.
         ref_logp: log-probs under the frozen initial policy; None when no KL is wanted.
         advantage: of each completion; ones for references.
+        is_off_policy: true for completions that were not sampled (mixed-policy GRPO); None where there are none.
     """
 
     tokens: Int[Array, "P G T"]
@@ -56,6 +60,7 @@ class Targets:
     old_logp: Float[Array, "P G T"]
     ref_logp: Float[Array, "P G T"] | None
     advantage: Float[Array, "P G"]
+    is_off_policy: Bool[Array, "P G"] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,26 +72,43 @@ class Objective:
         per_micro_batch: weigh each micro-batch by itself and average them instead (bnpo).
         token_loss: (logp [P, G, T], targets) to (loss [P, G, T], {metric: [P, G, T]}).
         temperature: that the logits are divided by.
+        truncation: top_p, top_k and min_p of the rollout; the log-probs are those of the truncated distribution.
     """
 
     weigh: Callable
     token_loss: Callable
     temperature: float = 1.0
     per_micro_batch: bool = False
+    truncation: dict[str, Any] = field(default_factory=dict)
+
+
+def truncation(options: GRPOOptions) -> dict[str, Any]:
+    """Return what the rollout keeps of each distribution, for truncate_logits."""
+    return {"top_p": options.top_p, "top_k": options.top_k, "min_p": options.min_p}
 
 
 def grpo_objective(options: GRPOOptions, max_completion_tokens: int) -> Objective:
     """Return the policy objective of a GRPO run."""
-    chosen = ("loss_type", "epsilon_low", "epsilon_high", "beta", "kl", "importance")
+    chosen = ("loss_type", "epsilon_low", "epsilon_high", "beta", "kl", "importance", "delta", "off_policy_shaping")
     settings = {name: getattr(options, name) for name in chosen}
 
     def loss(logp, targets: Targets):
-        return token_loss(logp, targets.old_logp, targets.ref_logp, targets.advantage, targets.mask, **settings)
+        behaviour = targets.old_logp, targets.ref_logp, targets.advantage, targets.mask, targets.is_off_policy
+        losses, metrics = token_loss(logp, *behaviour, **settings)
+        if targets.is_off_policy is not None:
+            metrics["mixed/reference_ratio"] = jnp.where(targets.mask, jnp.exp(logp), 0.0)
+        return losses, metrics
 
     def weigh(mask):
-        return token_weights(mask, loss_type=options.loss_type, max_completion_length=max_completion_tokens)
+        return token_weights(
+            mask,
+            loss_type=options.loss_type,
+            max_completion_length=max_completion_tokens,
+            skip_empty_groups=options.filter_zero_variance,
+        )
 
-    return Objective(weigh, loss, options.temperature, per_micro_batch=options.loss_type == "bnpo")
+    per_micro_batch = options.loss_type == "bnpo"
+    return Objective(weigh, loss, options.temperature, per_micro_batch, truncation(options))
 
 
 def sft_objective() -> Objective:
@@ -103,16 +125,23 @@ class Programs:
 
     Attributes:
         encode: (params, frozen, batch) to encoder output [P, C, A, E].
-        rollout: (params, frozen, batch, encoded, keys [P, G], num_tokens=, temperature=, top_p=) to Completions.
-        score: (params, frozen, batch, encoded, tokens [P, G, T]) to log-probs [P, G, T] at the training temperature.
+        rollout: (params, frozen, batch, encoded, keys [P, G], num_tokens=, temperature=, top_p=, top_k=, min_p=) to
+            Completions.
+        beam: (params, frozen, batch, encoded, num_beams=, num_tokens=) to the Completions [P, 1, T] of a beam search.
+        score: (params, frozen, batch, encoded, tokens [P, G, T]) to log-probs [P, G, T] at the training temperature
+            and truncation.
         update: (TrainState, frozen, batch, encoded, Targets) to (TrainState, metrics); the state is donated.
+        share: (tree of [P, ...], part, parts=) to the rows part, part + parts, ... of every array: each device keeps
+            rows of its own, and none moves.
         init: params to TrainState.
     """
 
     encode: Callable
     rollout: Callable
+    beam: Callable
     score: Callable
     update: Callable
+    share: Callable
     init: Callable
 
 
@@ -130,16 +159,16 @@ def make_programs(
     """Return the programs of a run over `mesh`."""
     # A trained encoder is run again with the parameters in question: those of the update, or of the reference.
     reencode = any(name.startswith("encoder.") for name in trainable)
-    logprobs = _logprobs_of(definition, objective.temperature, remat=remat, chunk=logprob_chunk, reencode=reencode)
+    logprobs = _logprobs_of(definition, objective, remat=remat, chunk=logprob_chunk, reencode=reencode)
 
     def encode(params: Params, frozen: Params, batch: Batch):
         return definition.bind(frozen, params).encode(batch.features, batch.lengths)
 
-    def rollout(params, frozen, batch, encoded, keys, *, num_tokens, temperature, top_p):
-        model = definition.bind(frozen, params)
-        return sample_completions(
-            model, batch, encoded, keys, num_tokens=num_tokens, temperature=temperature, top_p=top_p
-        )
+    def rollout(params, frozen, batch, encoded, keys, **sampling):
+        return sample_completions(definition.bind(frozen, params), batch, encoded, keys, **sampling)
+
+    def beam(params, frozen, batch, encoded, **search):
+        return search_completions(definition.bind(frozen, params), batch, encoded, **search)
 
     def score(params, frozen, batch, encoded, tokens):
         return logprobs(params, frozen, batch, encoded, tokens)[0]
@@ -147,9 +176,9 @@ def make_programs(
     def piece_loss(params, frozen, batch, encoded, targets, weights, shares):
         logp, entropy = logprobs(params, frozen, batch, encoded, targets.tokens)
         loss, metrics = objective.token_loss(logp, targets)
-        drift = jnp.where(targets.mask, jnp.abs(logp - targets.old_logp), 0.0)
+        drift = jnp.where(on_policy_mask(targets.mask, targets.is_off_policy), jnp.abs(logp - targets.old_logp), 0.0)
         metrics = {**metrics, "entropy": entropy, "logp_drift": drift}
-        sums = {name: jnp.sum(shares * value) for name, value in metrics.items()}
+        sums = {name: jnp.sum(shares[AVERAGED_OVER.get(name, "all")] * value) for name, value in metrics.items()}
         total = jnp.sum(weights * loss)
         return total, (sums | {"loss": total}, {"logp_drift_max": drift.max()})
 
@@ -158,7 +187,7 @@ def make_programs(
         return grads, sums, peaks
 
     def update(state: TrainState, frozen: Params, batch: Batch, encoded, targets: Targets):
-        pieces = _split((batch, encoded, targets, *_weigh(objective, targets.mask, micro_batches)), micro_batches)
+        pieces = _split((batch, encoded, targets, *_weigh(objective, targets, micro_batches)), micro_batches)
 
         def add(total, piece):
             grads, sums, peaks = piece_gradient(state.params, frozen, piece)
@@ -172,20 +201,28 @@ def make_programs(
         new = TrainState(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
         norm = optax.tree.norm(grads)
         sound = all_finite((sums["loss"], norm))
-        metrics = {**sums, **peaks, "grad_norm": norm, "skipped": 1.0 - sound.astype(jnp.float32)}
-        return select_tree(sound, new, state), metrics
+        # Without a token to learn from, an update would still move the parameters by its momentum.
+        empty = ~jnp.any(targets.mask)
+        counts = {"skipped": 1.0 - sound.astype(jnp.float32), "empty": empty.astype(jnp.float32)}
+        return select_tree(sound & ~empty, new, state), {**sums, **peaks, "grad_norm": norm, **counts}
+
+    def share(tree, part, *, parts):
+        return jax.tree.map(lambda x: x[part], _split(tree, parts))
 
     rows = batch_sharding(mesh)
+    sampling = ("num_tokens", "temperature", "top_p", "top_k", "min_p")
     return Programs(
         encode=_on(mesh, jax.jit(encode, out_shardings=rows)),
-        rollout=_on(mesh, jax.jit(rollout, static_argnames=("num_tokens", "temperature", "top_p"), out_shardings=rows)),
+        rollout=_on(mesh, jax.jit(rollout, static_argnames=sampling, out_shardings=rows)),
+        beam=_on(mesh, jax.jit(beam, static_argnames=("num_beams", "num_tokens"), out_shardings=rows)),
         score=_on(mesh, jax.jit(score, out_shardings=rows)),
         update=_on(mesh, jax.jit(update, donate_argnums=0)),
+        share=_on(mesh, jax.jit(share, static_argnames="parts", out_shardings=rows)),
         init=lambda params: _initial_state(params, optimiser, mesh),
     )
 
 
-def _logprobs_of(definition: ModelDef, temperature: float, *, remat: str, chunk: int, reencode: bool) -> Callable:
+def _logprobs_of(definition: ModelDef, objective: Objective, *, remat: str, chunk: int, reencode: bool) -> Callable:
     """Return the function that scores completions: (log-probs, entropies) [P, G, T]."""
 
     def logprobs(params, frozen, batch, encoded, tokens):
@@ -193,14 +230,21 @@ def _logprobs_of(definition: ModelDef, temperature: float, *, remat: str, chunk:
         if reencode:
             encoded = model.encode(batch.features, batch.lengths, remat=remat)
         hidden = model.completion_hidden(batch, encoded, tokens, remat=remat)
-        return chunked_logprobs(hidden, tokens, model.policy_logits, chunk_tokens=chunk, temperature=temperature)
+        distribution = {"temperature": objective.temperature, **objective.truncation}
+        return chunked_logprobs(hidden, tokens, model.policy_logits, chunk_tokens=chunk, **distribution)
 
     return logprobs
 
 
-def _weigh(objective: Objective, mask, micro_batches: int):
-    """Return the loss weights and the plain token shares [P, G, T]; both add up over micro-batches."""
-    shares = token_weights(mask, loss_type="dapo")
+# Which tokens a metric is a mean over, where that is not all of them.
+AVERAGED_OVER = {name: "sampled" for name in (*ON_POLICY_METRICS, "logp_drift")} | {"mixed/reference_ratio": "others"}
+
+
+def _weigh(objective: Objective, targets: Targets, micro_batches: int):
+    """Return the loss weights [P, G, T] and {tokens: their plain shares [P, G, T]}; all add up over micro-batches."""
+    mask, sampled = targets.mask, on_policy_mask(targets.mask, targets.is_off_policy)
+    groups = {"all": mask, "sampled": sampled, "others": mask & ~sampled}
+    shares = {name: token_weights(tokens, loss_type="dapo") for name, tokens in groups.items()}
     if not objective.per_micro_batch or micro_batches == 1:
         return objective.weigh(mask), shares
     weights = jax.vmap(objective.weigh)(_split(mask, micro_batches)) / micro_batches
@@ -220,6 +264,7 @@ def _join(x):
 def _on(mesh: Mesh, program: Callable) -> Callable:
     """Run a jitted program with the mesh set, which `model_port.partition.constrain` reads."""
 
+    @functools.wraps(program)
     def run(*args, **kwargs):
         with jax.set_mesh(mesh):
             return program(*args, **kwargs)
@@ -241,6 +286,41 @@ def _initial_state(params: Params, optimiser: optax.GradientTransformation, mesh
     return TrainState(params=params, opt_state=opt_state)
 
 
+def apply_updates(
+    programs: Programs,
+    state: TrainState,
+    frozen: Params,
+    batch: Batch,
+    encoded: jax.Array,
+    targets: Targets,
+    *,
+    iterations: int = 1,
+    minibatches: int = 1,
+) -> tuple[TrainState, dict[str, float]]:
+    """Go over a rollout so many times, each time in so many updates, each on its share of the prompts; donates `state`.
+
+    The shares are the same in every pass. Returns the new state and the metrics of all updates: the largest of those
+    called `_max`, the sums of `skipped` and `empty`, and means of the others over the updates that were not empty.
+    """
+    arrays, found = (batch, encoded, targets), []
+    for _ in range(iterations):
+        for part in range(minibatches):
+            piece = arrays if minibatches == 1 else programs.share(arrays, part, parts=minibatches)
+            state, metrics = programs.update(state, frozen, *piece)
+            found.append(metrics)
+    found = [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(found)]
+    counted = [metrics for metrics in found if not metrics["empty"]] or found
+    combined = {}
+    for name in found[0]:
+        if name in ("skipped", "empty"):
+            combined[name] = sum(metrics[name] for metrics in found)
+        elif name.endswith("_max"):
+            combined[name] = max(metrics[name] for metrics in counted)
+        else:
+            combined[name] = sum(metrics[name] for metrics in counted) / len(counted)
+    return state, combined
+
+
 def place(tree, mesh: Mesh):
     """Put host arrays (or PRNG keys) whose first axis is prompts on the mesh; every process gives its own rows."""
     rows = batch_sharding(mesh)
@@ -251,3 +331,14 @@ def place(tree, mesh: Mesh):
         return jax.make_array_from_process_local_data(rows, np.asarray(x))
 
     return jax.tree.map(put, tree)
+
+
+def fetch(tree):
+    """Bring arrays whose first axis is prompts to the host, each process its own rows: the reverse of `place`."""
+
+    def rows(x):
+        # Devices that differ in the tensor axis alone hold the same rows.
+        parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+    return jax.tree.map(rows, tree)

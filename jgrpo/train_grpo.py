@@ -3,8 +3,8 @@
     audio -> encode -> rollout -> text -> reward -> advantage -> update
 
 `encode`, `rollout`, `score` and `update` are programs on the device (jgrpo.steps); between rollout and update the host
-turns tokens into text, text into rewards and rewards into advantages. What follows from the config is built in
-jgrpo.setup. Source: arXiv 2509.16990.
+turns tokens into text, text into rewards and rewards into advantages (jgrpo.groups, jgrpo.rollout). What follows from
+the config is built in jgrpo.setup. Source: arXiv 2509.16990.
 """
 
 import time
@@ -12,73 +12,63 @@ import time
 import jax
 
 from jgrpo.config import GRPOConfig
-from jgrpo.rewards import make_reward
-from jgrpo.rollout import advantages, completion_rows, ended, rollout_metrics, score_groups, step_keys
+from jgrpo.groups import GroupSampler, step_metrics
+from jgrpo.rewards import RewardPool
+from jgrpo.rollout import advantages, completion_rows, ended, learnt_tokens, reference_rows
 from jgrpo.setup import Run, finish_run, finish_step, start_run
-from jgrpo.steps import Targets, grpo_objective, place
+from jgrpo.steps import Targets, apply_updates, grpo_objective, place
 
 
 def train_grpo(config: GRPOConfig) -> Run:
     """Run GRPO as configured, from the start or from the run directory's last checkpoint; return the finished run."""
     config.validate()
     grpo = config.grpo
-    reward = make_reward(config.reward_spec())
     objective = grpo_objective(grpo, config.max_completion_tokens)
-    run = start_run(config, objective, updates=config.num_steps * grpo.num_iterations, references=False)
-    policy, programs, timer = run.policy, run.programs, run.timer
-    shape = {"num_prompts": config.prompts_per_step, "num_samples": grpo.num_samples}
-    sampling = {"num_tokens": config.max_completion_tokens, "temperature": grpo.temperature, "top_p": 1.0}
+    scoring = {"workers": grpo.reward_workers, "options": config.metrics, "scale": grpo.reward_scale}
+    plan = {"updates": config.num_updates(), "references": grpo.mixed_policy}
+    passes = {"iterations": grpo.num_iterations, "minibatches": grpo.num_minibatches}
 
-    with run:  # closes its files, whatever happens
+    # Both end what they have started, whatever happens.
+    with RewardPool(config.reward_spec(), **scoring) as pool, start_run(config, objective, **plan) as run:
+        policy, programs, timer = run.policy, run.programs, run.timer
+        sample_groups = GroupSampler(run, pool, config)
         stream = run.data.stream(seed=config.seed, start_step=run.step)
         while run.step < config.num_steps:
             started = time.perf_counter()
             with timer("data"):
                 prompts = next(stream)
-                batch = place(prompts.batch, policy.mesh)
-            with timer("encode"):
-                encoded = jax.block_until_ready(run.encode(run.state.params, run.data, prompts, batch))
 
-            # 1. Sample a group of completions for every prompt.
-            with timer("rollout"):
-                keys = place(step_keys(config.seed, run.step, **shape), policy.mesh)
-                out = programs.rollout(run.state.params, policy.frozen, batch, encoded, keys, **sampling)
-                host = jax.device_get(out)
+            # 1. Sample a group of completions for every prompt; the host starts on their rewards.
+            groups = sample_groups(prompts)
+            prompts, host, inputs = groups.prompts, groups.completions, (groups.batch, groups.encoded)
 
-            # 2. The device scores them under the frozen initial policy while the host computes rewards and advantages.
-            ref_logp = None
+            # 2. Meanwhile the device scores them under the frozen initial policy.
+            tokens, ref_logp = place(host.tokens, policy.mesh), None
             if grpo.beta > 0:
-                ref_logp = programs.score(run.reference, policy.frozen, batch, encoded, out.tokens)
-            with timer("reward"):
-                texts = policy.processor.decode(host)
-                rewards, components = score_groups(reward, texts, prompts)
-                values = advantages(rewards, grpo.advantage_scale)
+                ref_logp = programs.score(run.reference, policy.frozen, *inputs, tokens)
             with timer("score"):
                 jax.block_until_ready(ref_logp)
+            with timer("reward_wait"):
+                scores = groups.scores()
 
             # 3. Push up what did better than its group, and the rest down.
-            targets = Targets(
-                tokens=out.tokens,
-                mask=out.mask,
-                old_logp=out.logp,
-                ref_logp=ref_logp,
-                advantage=place(values, policy.mesh),
-            )
-            with timer("update"):
-                for _ in range(grpo.num_iterations):
-                    run.state, metrics = programs.update(run.state, policy.frozen, batch, encoded, targets)
-                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-
-            seconds = time.perf_counter() - started
+            rewards, values = scores.rewards, advantages(scores.rewards, grpo.advantage_scale)
             eos = ended(host, policy.processor.eos_ids)
-            metrics |= rollout_metrics(rewards, components, host.mask, eos)
-            metrics |= {
-                "num_tokens": int(host.mask.sum()),
-                "tokens_per_second": host.mask.sum() / seconds,
-                "seconds": seconds,
+            learnt = {
+                "mask": learnt_tokens(host.mask, eos, rewards, grpo),
+                "old_logp": host.logp,
+                "advantage": values,
+                "is_off_policy": reference_rows(values.shape) if grpo.mixed_policy else None,
             }
+            with timer("update"):
+                targets = Targets(tokens=tokens, ref_logp=ref_logp, **place(learnt, policy.mesh))
+                run.state, metrics = apply_updates(programs, run.state, policy.frozen, *inputs, targets, **passes)
+
+            metrics |= step_metrics(groups, scores, values, eos, mixed=grpo.mixed_policy)
+            seconds = time.perf_counter() - started
+            metrics |= {"tokens_per_second": metrics["num_tokens"] / seconds, "seconds": seconds}
             if config.completions_every and run.step % config.completions_every == 0:
-                run.metrics.write_completions(run.step + 1, completion_rows(prompts, texts, rewards, values))
+                run.metrics.write_completions(run.step + 1, completion_rows(prompts, groups.texts, rewards, values))
             finish_step(run, metrics, _shown(metrics))
         finish_run(run)
     return run

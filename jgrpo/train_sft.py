@@ -7,7 +7,7 @@ import numpy as np
 
 from jgrpo.config import SFTConfig
 from jgrpo.setup import Run, finish_run, finish_step, start_run
-from jgrpo.steps import Targets, place, sft_objective
+from jgrpo.steps import Targets, apply_updates, place, sft_objective
 
 
 def train_sft(config: SFTConfig) -> Run:
@@ -26,11 +26,10 @@ def train_sft(config: SFTConfig) -> Run:
             with timer("encode"):
                 encoded = jax.block_until_ready(run.encode(run.state.params, run.data, prompts, batch))
             with timer("update"):
-                run.state, metrics = programs.update(run.state, policy.frozen, batch, encoded, targets)
-                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                run.state, metrics = apply_updates(programs, run.state, policy.frozen, batch, encoded, targets)
 
-            # Nothing was sampled, so there is nothing to drift from.
-            del metrics["logp_drift"], metrics["logp_drift_max"]
+            # Nothing was sampled, so there is nothing to drift from, and every reference has tokens.
+            del metrics["logp_drift"], metrics["logp_drift_max"], metrics["empty"]
             seconds, tokens = time.perf_counter() - started, int(prompts.reference_mask.sum())
             metrics |= {"num_tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
             metrics["completions/mean_length"] = float(prompts.reference_mask.sum(-1).mean())

@@ -1,6 +1,7 @@
 """IBM Granite Speech in Flax: the model, its weights in and out, and what is needed to ask it something."""
 
 from model_port.batch import Batch, Completions
+from model_port.beam import beam_search
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.generate import generate
@@ -15,6 +16,7 @@ __all__ = [
     "GraniteSpeechConfig",
     "Processor",
     "UserError",
+    "beam_search",
     "generate",
     "load_model",
 ]

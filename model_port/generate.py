@@ -22,6 +22,8 @@ def generate(
     max_new_tokens: int = 200,
     temperature: float | int = 1.0,
     top_p: float | int = 1.0,
+    top_k: int = 0,
+    min_p: float | int = 0.0,
 ) -> Completions:
     """Sample `num_samples` completions of at most `max_new_tokens` tokens for every prompt.
 
@@ -29,11 +31,14 @@ def generate(
         key: a PRNG key (`jax.random.key(seed)`). Greedy decoding needs none.
         temperature: 0 decodes greedily.
         top_p: sample from the smallest set of tokens that holds this probability mass.
+        top_k: sample from this many most probable tokens; 0 from all.
+        min_p: sample tokens at least this many times as probable as the most probable one; 0 any.
 
     Raises:
         UserError: a number out of range, or sampling without a key.
     """
-    check_sampling(num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    truncation = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
+    check_sampling(num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature, **truncation)
     if key is None:
         if temperature > 0:
             raise UserError("sampling needs a key: pass key=jax.random.key(seed), or temperature=0 for greedy decoding")
@@ -41,17 +46,28 @@ def generate(
     if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     keys = row_keys(key, num_prompts=batch.tokens.shape[0], num_samples=num_samples)
-    options = {"num_tokens": max_new_tokens, "temperature": float(temperature), "top_p": float(top_p)}
+    truncation = {"top_p": float(top_p), "top_k": top_k, "min_p": float(min_p)}
+    options = {"num_tokens": max_new_tokens, "temperature": float(temperature), **truncation}
     return _generate(*nnx.split(model), batch, keys, **options)
 
 
-def check_sampling(*, num_samples: int, max_new_tokens: int, temperature: float | int, top_p: float | int) -> None:
+def check_sampling(
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float | int,
+    top_p: float | int,
+    top_k: int = 0,
+    min_p: float | int = 0.0,
+) -> None:
     """Raise UserError for a sampling option out of range."""
     for name, value, wrong, allowed in (
         ("num_samples", num_samples, num_samples < 1, "at least 1"),
         ("max_new_tokens", max_new_tokens, max_new_tokens < 1, "at least 1"),
         ("temperature", temperature, not 0 <= temperature < float("inf"), "0 (greedy) or a positive number"),
         ("top_p", top_p, not 0 < top_p <= 1, "above 0 and at most 1"),
+        ("top_k", top_k, top_k < 0, "at least 0, which keeps every token"),
+        ("min_p", min_p, not 0 <= min_p <= 1, "at least 0 and at most 1"),
     ):
         if wrong:
             raise UserError(f"{name} must be {allowed}, got {value}")
@@ -65,7 +81,9 @@ def sample_completions(
     *,
     num_tokens: int,
     temperature: float,
-    top_p: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
 ) -> Completions:
     """Prefill every prompt once and decode until all samples have ended or T tokens stand. Traceable.
 
@@ -80,7 +98,7 @@ def sample_completions(
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
 
     def draw(logits, t):
-        return sample(fold(keys, t), logits, temperature=temperature, top_p=top_p)
+        return sample(fold(keys, t), logits, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
 
     def write(out: Completions, t, token, logp, running):
         parts = {"tokens": jnp.where(running, token, pad), "mask": running, "logp": jnp.where(running, logp, 0.0)}
@@ -111,8 +129,8 @@ def sample_completions(
     return jax.lax.while_loop(keep_going, decode, (jnp.int32(1), token, running, cache, out))[-1]
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "temperature", "top_p"))
-def _generate(graph, state, batch, keys, *, num_tokens, temperature, top_p):
+@partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "temperature", "top_p", "top_k", "min_p"))
+def _generate(graph, state, batch, keys, **options):
     model = nnx.merge(graph, state)
     encoded = model.encode(batch.features, batch.lengths)
-    return sample_completions(model, batch, encoded, keys, num_tokens=num_tokens, temperature=temperature, top_p=top_p)
+    return sample_completions(model, batch, encoded, keys, **options)

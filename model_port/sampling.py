@@ -1,12 +1,14 @@
-"""Drawing a token from logits: temperature, nucleus truncation, one random key per row.
+"""Drawing a token from logits: temperature, truncation, one random key per row.
 
 P prompts, G samples per prompt, V vocabulary.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from model_port.errors import UserError
 
@@ -25,24 +27,63 @@ def row_keys(
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, rows)
 
 
-def _check_top_p(top_p: float | int) -> None:
+def check_truncation(*, top_p: float | int = 1.0, top_k: int = 0, min_p: float | int = 0.0) -> None:
+    """Raise UserError for an option of truncate_logits out of range."""
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must lie in (0, 1], got {top_p}; 1 keeps every token.")
+    if top_k < 0:
+        raise UserError(f"top_k must be at least 0, got {top_k}; 0 keeps every token.")
+    if not 0 <= min_p <= 1:
+        raise UserError(f"min_p must lie in [0, 1], got {min_p}; 0 keeps every token.")
 
 
-def truncate_logits(logits: Float[Array, "*rows V"], *, top_p: float | int) -> Float[jax.Array, "*rows V"]:
-    """Keep the smallest set of most probable tokens whose probability reaches top_p; the others become -inf.
+def truncate_logits(
+    logits: Float[Array, "*rows V"],
+    *,
+    top_p: float | int = 1.0,
+    top_k: int = 0,
+    min_p: float | int = 0.0,
+    keep: Int[Array, "*rows"] | None = None,
+) -> Float[jax.Array, "*rows V"]:
+    """Keep the most probable tokens; the others become -inf. Options that keep every token compute nothing.
 
-    A token stays if the tokens before it, in order of falling probability and rising id, hold less than top_p. The
-    most probable token therefore always stays. top_p 1 changes nothing and sorts nothing.
+    One after the other, in the order of transformers' generate, each on what the one before has left:
+
+    top_k keeps the k largest logits, and those equal to the last of them.
+    top_p keeps the smallest set of most probable tokens whose probability reaches it: a token stays if the tokens
+        before it, in order of falling probability and rising id, hold less than top_p.
+    min_p keeps tokens at least min_p times as probable as the most probable one.
+
+    The most probable token always stays. Which tokens stay has no gradient.
+
+    Args:
+        keep: one token of every row that stays in any case. Scoring a sampled token with it gives the log-prob that it
+            was sampled with, and never -inf where rounding or a newer policy moves it over the bound.
 
     Raises:
-        UserError: top_p outside (0, 1].
+        UserError: an option out of range.
     """
-    _check_top_p(top_p)
+    check_truncation(top_p=top_p, top_k=top_k, min_p=min_p)
     logits = jnp.asarray(logits)
-    if top_p == 1:
+    if top_p == 1 and top_k == 0 and min_p == 0:
         return logits
+    kept = jax.lax.stop_gradient(logits)
+    if top_k > 0:
+        last = jax.lax.top_k(kept, min(top_k, kept.shape[-1]))[0][..., -1:]
+        kept = jnp.where(kept < last, -jnp.inf, kept)
+    if top_p < 1:
+        kept = jnp.where(_in_nucleus(kept, top_p), kept, -jnp.inf)
+    if min_p > 0:
+        # log(p) - log(p_max) is the difference of the logits.
+        kept = jnp.where(kept < kept.max(axis=-1, keepdims=True) + math.log(min_p), -jnp.inf, kept)
+    inside = ~jnp.isneginf(kept)
+    if keep is not None:
+        inside |= jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == jnp.asarray(keep)[..., None]
+    return jnp.where(inside, logits, -jnp.inf)
+
+
+def _in_nucleus(logits: Float[jax.Array, "*rows V"], top_p: float | int) -> Bool[jax.Array, "*rows V"]:
+    """Whether each token is in the set that top_p keeps."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     reached = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
     before = jnp.concatenate([jnp.zeros_like(reached[..., :1]), reached[..., :-1]], axis=-1)
@@ -51,11 +92,17 @@ def truncate_logits(logits: Float[Array, "*rows V"], *, top_p: float | int) -> F
     lowest = jnp.take_along_axis(ordered, num_kept - 1, axis=-1)
     above, tied = logits > lowest, logits == lowest
     num_tied_kept = num_kept - jnp.sum(above, axis=-1, keepdims=True)
-    return jnp.where(above | (tied & (jnp.cumsum(tied, axis=-1) <= num_tied_kept)), logits, -jnp.inf)
+    return above | (tied & (jnp.cumsum(tied, axis=-1) <= num_tied_kept))
 
 
 def sample(
-    keys: Key[Array, "P G"], logits: Float[Array, "P G V"], *, temperature: float | int, top_p: float | int
+    keys: Key[Array, "P G"],
+    logits: Float[Array, "P G V"],
+    *,
+    temperature: float | int,
+    top_p: float | int = 1.0,
+    top_k: int = 0,
+    min_p: float | int = 0.0,
 ) -> tuple[Int[jax.Array, "P G"], Float[jax.Array, "P G"]]:
     """One token per row and its log-probability under the distribution it was drawn from.
 
@@ -64,22 +111,22 @@ def sample(
         logits: divided by the model's logits scaling; forbidden ids at -inf.
         temperature: divides the logits. 0 takes the most probable token, reads no key, and gives the
             log-probability at temperature 1 over the full vocabulary.
-        top_p: see truncate_logits; applied after the temperature.
+        top_p, top_k, min_p: see truncate_logits; applied after the temperature.
 
     Returns:
-        tokens int32, and logp float32, temperature and truncation included.
+        tokens int32, and logp float32: that of the truncated distribution at this temperature, renormalised.
 
     Raises:
-        UserError: negative temperature, or top_p outside (0, 1].
+        UserError: negative temperature, or a truncation out of range.
     """
-    _check_top_p(top_p)
+    check_truncation(top_p=top_p, top_k=top_k, min_p=min_p)
     if temperature < 0:
         raise UserError(f"temperature must be 0 (greedy) or more, got {temperature}.")
     logits = jnp.asarray(logits, jnp.float32)
     if temperature == 0:
         scores = logits
     else:
-        logits = truncate_logits(logits / temperature, top_p=top_p)
+        logits = truncate_logits(logits / temperature, top_p=top_p, top_k=top_k, min_p=min_p)
         draw = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32)))
         scores = logits + draw(keys)
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)

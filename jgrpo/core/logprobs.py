@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from model_port.errors import UserError
+from model_port.sampling import truncate_logits
 
 Array = jax.Array | np.ndarray
 
@@ -31,6 +32,9 @@ def chunked_logprobs(
     *,
     chunk_tokens: int,
     temperature: float | int = 1.0,
+    top_p: float | int = 1.0,
+    top_k: int = 0,
+    min_p: float | int = 0.0,
 ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"]]:
     """Log-probability of each target and entropy of its distribution, a slice of T at a time.
 
@@ -44,12 +48,16 @@ def chunked_logprobs(
         chunk_tokens: over all P * G rows of the arrays given, whatever the mesh.
         temperature: divides the logits, for both results. Not 0: the log-probabilities of greedy decoding are those
             at temperature 1.
+        top_p, top_k, min_p: the truncation that the targets were sampled with, see truncate_logits. Log-probabilities
+            and entropies are those of the truncated distribution, renormalised, in which every target stays whatever
+            its rank: a token that was sampled gets the log-probability that it was sampled with, and one that a newer
+            policy would no longer sample, or that a reference answer holds, a finite one.
 
     Returns:
         logp and entropy, in nats. The entropy's gradient is stopped.
 
     Raises:
-        UserError: chunk_tokens or temperature not positive.
+        UserError: chunk_tokens or temperature not positive, or a truncation out of range.
     """
     if chunk_tokens < 1:
         raise UserError(f"chunk_tokens must be at least 1, got {chunk_tokens}.")
@@ -70,7 +78,9 @@ def chunked_logprobs(
     def score(_, hidden_and_targets):
         hidden_chunk, target_chunk = hidden_and_targets
         logits = logits_fn(hidden_chunk)
-        return None, _token_logprobs(logits if temperature == 1 else logits / temperature, target_chunk)
+        logits = logits if temperature == 1 else logits / temperature
+        logits = truncate_logits(logits, top_p=top_p, top_k=top_k, min_p=min_p, keep=target_chunk)
+        return None, _token_logprobs(logits, target_chunk)
 
     # prevent_cse is for checkpoints outside a scan; inside one it only costs fusion.
     _, (logp, entropy) = jax.lax.scan(jax.checkpoint(score, prevent_cse=False), None, (split(hidden), split(targets)))

@@ -5,9 +5,14 @@
 The weights depend on the mask only. Computed once for the whole batch and sliced with it, they make the gradient the
 same for any number of micro-batches and any mesh: the pieces are added, never averaged.
 
+Off-policy rows are completions that were not sampled: the reference answers of mixed-policy GRPO. They count in the
+loss and in what it is divided by like any other; metrics of the importance ratio are about sampled tokens only.
+
 P prompts, G samples per prompt, T completion tokens. The mask is true up to and including the end-of-sequence token.
 What the other arrays hold at masked positions is never read: NaN and infinities there reach neither loss nor gradient.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +32,18 @@ def _count(mask: Bool[Array, "P G T"], axis: int | None = None) -> Float[jax.Arr
     return jnp.maximum(jnp.sum(mask, axis=axis, keepdims=True), 1).astype(float)
 
 
-def _per_sequence(mask: Bool[Array, "P G T"]) -> Float[jax.Array, "P G 1"]:
-    """1 / (P G |o_i|): the mean over sequences of each sequence's token mean."""
-    return 1.0 / (_count(mask, axis=-1) * (mask.shape[0] * mask.shape[1]))
+def _num_sequences(mask: Bool[Array, "P G T"], *, skip_empty_groups: bool) -> Float[jax.Array, "#P #G #T"]:
+    """P G, or as many as there are in groups where a token counts."""
+    groups = jnp.any(mask, axis=(1, 2), keepdims=True) if skip_empty_groups else jnp.ones((mask.shape[0], 1, 1), bool)
+    return _count(groups) * mask.shape[1]
 
 
-def _per_token(mask: Bool[Array, "P G T"]) -> Float[jax.Array, "1 1 1"]:
-    """1 / sum |o_i|: the mean over all tokens."""
-    return 1.0 / _count(mask)
-
-
-# The weight of a token that counts, from the mask. dr_grpo is not here: it needs a constant, see token_weights.
-_WEIGHTS = {"grpo": _per_sequence, "dapo": _per_token, "bnpo": _per_token, "cispo": _per_token}
 LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
 IMPORTANCE = ("token", "sequence")
+# An infinite ratio would have a NaN for a gradient also where it is clipped; e^80 is far beyond any bound.
+MAX_LOG_RATIO = 80.0
+# Of the per-token metrics, those that are means over sampled tokens; the others are means over all.
+ON_POLICY_METRICS = ("ratio", "clip_low", "clip_high", "clip_delta", "clip_region")
 
 
 def _check_option(what: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -48,7 +51,13 @@ def _check_option(what: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UserError(f"{what} {value!r} is unknown: use one of {', '.join(allowed)}.")
 
 
-def token_weights(mask: Bool[Array, "P G T"], *, loss_type: str, max_completion_length: int | None = None) -> Tokens:
+def token_weights(
+    mask: Bool[Array, "P G T"],
+    *,
+    loss_type: str,
+    max_completion_length: int | None = None,
+    skip_empty_groups: bool = False,
+) -> Tokens:
     """The weight of every token in the loss; 0 where masked.
 
     | loss type   | weight of a token of sequence i                                                        |
@@ -57,6 +66,9 @@ def token_weights(mask: Bool[Array, "P G T"], *, loss_type: str, max_completion_
     | dapo, cispo | 1 / sum_j len_j: mean over the tokens of the whole batch                               |
     | bnpo        | the same over the arrays given: call it on each micro-batch, and divide by their count |
     | dr_grpo     | 1 / (P G max_completion_length): independent of the lengths                            |
+
+    Args:
+        skip_empty_groups: whether P is the number of groups in which a token counts, rather than of all.
 
     Raises:
         UserError: unknown loss type, or dr_grpo without a max_completion_length.
@@ -71,18 +83,26 @@ def token_weights(mask: Bool[Array, "P G T"], *, loss_type: str, max_completion_
                 f"loss type dr_grpo divides by the maximum completion length, got {max_completion_length}: "
                 "give a positive max_completion_length."
             )
-        weight = jnp.full((1, 1, 1), 1.0 / (mask.shape[0] * mask.shape[1] * max_completion_length))
+        divisor = _num_sequences(mask, skip_empty_groups=skip_empty_groups) * max_completion_length
+    elif loss_type == "grpo":
+        divisor = _num_sequences(mask, skip_empty_groups=skip_empty_groups) * _count(mask, axis=-1)
     else:
-        weight = _WEIGHTS[loss_type](mask)
-    return jnp.where(mask, weight, 0.0)
+        divisor = _count(mask)
+    return jnp.where(mask, 1.0 / divisor, 0.0)
 
 
 def _importance_ratio(logp: Tokens, old_logp: Tokens, mask: Bool[Array, "P G T"], *, importance: str) -> Tokens:
     """pi_theta / pi_old per token, or the sequence's geometric mean of it spread over its tokens."""
     if importance == "token":
-        return jnp.exp(logp - old_logp)
+        return jnp.exp(jnp.minimum(logp - old_logp, MAX_LOG_RATIO))
     mean_log_ratio = jnp.sum(logp - old_logp, axis=-1, keepdims=True) / _count(mask, axis=-1)
-    return jax.lax.stop_gradient(jnp.exp(mean_log_ratio)) * jnp.exp(logp - jax.lax.stop_gradient(logp))
+    ratio = jnp.exp(jnp.minimum(mean_log_ratio, MAX_LOG_RATIO))
+    return jax.lax.stop_gradient(ratio) * jnp.exp(logp - jax.lax.stop_gradient(logp))
+
+
+def _shaped(ratio: Tokens, off_policy: Bool[jax.Array, "P G T"], *, gamma: float | int) -> Tokens:
+    """x / (x + gamma) in place of an off-policy token's ratio x: tokens the policy finds unlikely learn faster."""
+    return jnp.where(off_policy, ratio / (ratio + gamma), ratio)
 
 
 def _surrogate(
@@ -92,24 +112,43 @@ def _surrogate(
     *,
     epsilon_low: float | int,
     epsilon_high: float | int,
-) -> tuple[Tokens, Bool[jax.Array, "P G T"], Bool[jax.Array, "P G T"]]:
-    """min(ratio A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) A), and where its lower or upper bound holds.
+    delta: float | int | None,
+) -> tuple[Tokens, dict[str, Bool[jax.Array, "P G T"]]]:
+    """min(min(ratio, delta) A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) A), and where each bound holds.
 
-    The minimum takes the bound only on the side where going on would still pay: above for A > 0, below for A < 0.
+    The minimum takes a clip bound only on the side where going on would still pay: above for A > 0, below for A < 0.
+    That leaves a growing ratio unbounded for A < 0 alone, which is where delta binds.
     """
-    low = on_policy & (advantage < 0) & (ratio < 1 - epsilon_low)
-    high = on_policy & (advantage > 0) & (ratio > 1 + epsilon_high)
-    bounded = jnp.where(low, 1 - epsilon_low, jnp.where(high, 1 + epsilon_high, ratio))
-    return bounded * advantage, low, high
+    bounds = {
+        "clip_low": (on_policy & (advantage < 0) & (ratio < 1 - epsilon_low), 1 - epsilon_low),
+        "clip_high": (on_policy & (advantage > 0) & (ratio > 1 + epsilon_high), 1 + epsilon_high),
+    }
+    if delta is not None:
+        bounds["clip_delta"] = (on_policy & (advantage < 0) & (ratio > delta), delta)
+    bounded = ratio
+    for holds, bound in bounds.values():
+        bounded = jnp.where(holds, bound, bounded)
+    return bounded * advantage, {name: holds for name, (holds, _) in bounds.items()}
 
 
 def _cispo_surrogate(
     ratio: Tokens, logp: Tokens, advantage: Tokens, on_policy: Bool[jax.Array, "P G T"], *, epsilon_high: float | int
-) -> tuple[Tokens, Bool[jax.Array, "P G T"], Bool[jax.Array, "P G T"]]:
+) -> tuple[Tokens, dict[str, Bool[jax.Array, "P G T"]]]:
     """stop_gradient(min(ratio, epsilon_high)) A log pi, and where the weight is truncated (never from below)."""
     high = on_policy & (ratio > epsilon_high)
     weight = jax.lax.stop_gradient(jnp.where(high, epsilon_high, ratio))
-    return weight * advantage * logp, jnp.zeros_like(high), high
+    return weight * advantage * logp, {"clip_low": jnp.zeros_like(high), "clip_high": high}
+
+
+def _check_delta(delta: float | int | None, *, loss_type: str, epsilon_high: float | int) -> None:
+    if delta is None:
+        return
+    if loss_type == "cispo":
+        raise UserError(f"delta is {delta}, but cispo bounds the ratio by epsilon_high alone: set delta to None.")
+    if delta <= 1 + epsilon_high:
+        raise UserError(
+            f"delta is {delta}; as a bound beyond the clip it must be above 1 + epsilon_high = {1 + epsilon_high}."
+        )
 
 
 def token_loss(
@@ -126,10 +165,12 @@ def token_loss(
     beta: float | int = 0.02,
     kl: str = "k3",
     importance: str = "token",
+    delta: float | int | None = None,
+    off_policy_shaping: float | int = 0.0,
 ) -> tuple[Tokens, dict[str, Tokens]]:
     """Loss of every token, -surrogate + beta * KL, and per-token metrics; both 0 where masked.
 
-    grpo, dapo, bnpo, dr_grpo:  surrogate = min(ratio A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) A)
+    grpo, dapo, bnpo, dr_grpo:  surrogate = min(min(ratio, delta) A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) A)
     cispo:                      surrogate = stop_gradient(min(ratio, epsilon_high)) A logp
 
     In cispo epsilon_high is itself the bound on the ratio, not its distance from 1: values near 5 are usual.
@@ -138,43 +179,49 @@ def token_loss(
         old_logp: under the policy that sampled; constant in the gradient.
         ref_logp: under the reference policy; constant in the gradient. May be None when beta is 0.
         is_off_policy: rows that were not sampled (mixed-policy GRPO): their behaviour policy is taken as
-            pi_phi = 1, so ratio = pi_theta, and nothing is clipped. Their old_logp is not read. The KL term
-            applies to them as to every row.
+            pi_phi = 1, so ratio = pi_theta, and neither clip nor delta applies. Their old_logp is not read. The KL
+            term applies to them as to every row.
         importance: "token": ratio = exp(logp - old_logp). "sequence" (GSPO, in its token form): the value is
             s = exp(mean over the sequence's tokens of logp - old_logp) at every token, the gradient is
             s * grad logp of that token. As all weights are equal within a sequence, the gradient of the loss is
             that of the sequence form too. With pi_phi = 1, s is exp(mean logp).
+        delta: bounds the ratio where A < 0, which the clip leaves free to grow; above 1 + epsilon_high. Not for cispo.
+        off_policy_shaping: gamma > 0 puts f(ratio) = ratio / (ratio + gamma) in place of the ratio of off-policy rows
+            (LUFFY), whose gradient is f'(ratio) ratio grad logp; 0 leaves the ratio as it is.
 
     Returns:
-        The loss, and metrics without gradient: "ratio"; "clip_low" and "clip_high", 1 where that bound cut the
-        gradient off (cispo: where the weight was truncated); "clip_region", their sum; "kl", if ref_logp is given.
+        The loss, and metrics without gradient. Of on-policy tokens, 0 elsewhere: "ratio"; "clip_low", "clip_high" and,
+        with delta, "clip_delta", 1 where that bound cut the gradient off (cispo: where the weight was truncated);
+        "clip_region", their sum. Of all tokens: "kl", if ref_logp is given.
 
     Raises:
-        UserError: unknown option, or beta without ref_logp.
+        UserError: unknown option, beta without ref_logp, or a delta that bounds nothing.
 
-    Source: arXiv 2509.16990 eqs. 2-4; GSPO arXiv 2507.18071 section 4.3; CISPO as TRL 1.16 defines it.
+    Source: arXiv 2509.16990 eqs. 2-4; GSPO arXiv 2507.18071 section 4.3; LUFFY arXiv 2504.14945; CISPO and delta as
+    TRL 1.16 defines them.
     """
     _check_option("loss type", loss_type, LOSS_TYPES)
     _check_option("importance", importance, IMPORTANCE)
+    _check_delta(delta, loss_type=loss_type, epsilon_high=epsilon_high)
     if ref_logp is None and beta != 0:
         raise UserError(f"beta is {beta} but there are no reference log-probabilities: give ref_logp or set beta to 0.")
-    on_policy = jnp.asarray(mask)
-    if is_off_policy is not None:
-        on_policy = on_policy & ~jnp.asarray(is_off_policy)[..., None]
+    mask = jnp.asarray(mask)
+    on_policy = on_policy_mask(mask, is_off_policy)
     # The inputs are cleaned before any arithmetic: a NaN that is masked afterwards still has a NaN gradient.
     logp = jnp.where(mask, logp, 0.0)
     old_logp = jax.lax.stop_gradient(jnp.where(on_policy, old_logp, 0.0))
     advantage = jnp.where(mask, jnp.asarray(advantage)[..., None], 0.0)
 
     ratio = _importance_ratio(logp, old_logp, mask, importance=importance)
+    weight = _shaped(ratio, mask & ~on_policy, gamma=off_policy_shaping) if off_policy_shaping else ratio
     if loss_type == "cispo":
-        surrogate, low, high = _cispo_surrogate(ratio, logp, advantage, on_policy, epsilon_high=epsilon_high)
+        surrogate, clipped = _cispo_surrogate(weight, logp, advantage, on_policy, epsilon_high=epsilon_high)
     else:
-        surrogate, low, high = _surrogate(
-            ratio, advantage, on_policy, epsilon_low=epsilon_low, epsilon_high=epsilon_high
-        )
+        clip = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta}
+        surrogate, clipped = _surrogate(weight, advantage, on_policy, **clip)
     loss = -surrogate
-    metrics = {"ratio": ratio, "clip_low": low, "clip_high": high, "clip_region": low | high}
+    region = functools.reduce(jnp.logical_or, clipped.values())
+    metrics = {"ratio": jnp.where(on_policy, ratio, 0.0), **clipped, "clip_region": region}
     metrics = {name: x.astype(ratio.dtype) for name, x in metrics.items()}
     if ref_logp is not None:
         ref_logp = jax.lax.stop_gradient(jnp.where(mask, ref_logp, 0.0))
@@ -183,6 +230,12 @@ def token_loss(
             loss = loss + beta * metrics["kl"]
     metrics = {name: jax.lax.stop_gradient(jnp.where(mask, x, 0.0)) for name, x in metrics.items()}
     return jnp.where(mask, loss, 0.0), metrics
+
+
+def on_policy_mask(mask: Bool[Array, "P G T"], is_off_policy: Bool[Array, "P G"] | None) -> Bool[jax.Array, "P G T"]:
+    """The tokens of the mask that were sampled."""
+    mask = jnp.asarray(mask)
+    return mask if is_off_policy is None else mask & ~jnp.asarray(is_off_policy)[..., None]
 
 
 def policy_loss(
@@ -200,11 +253,13 @@ def policy_loss(
     kl: str = "k3",
     importance: str = "token",
     max_completion_length: int | None = None,
+    delta: float | int | None = None,
+    off_policy_shaping: float | int = 0.0,
 ) -> tuple[Scalar, dict[str, Scalar]]:
     """The loss of a whole batch: sum(token_weights * token_loss), with the token means of the metrics.
 
     See token_loss for the arguments and metrics, token_weights for the normalisation (max_completion_length is read by
-    dr_grpo only).
+    dr_grpo only). Metrics of the ratio are means over on-policy tokens, "kl" over all.
 
     >>> logp = jnp.log(jnp.array([[[0.5, 0.25]]]))
     >>> mask = jnp.array([[[True, True]]])
@@ -225,9 +280,13 @@ def policy_loss(
         beta=beta,
         kl=kl,
         importance=importance,
+        delta=delta,
+        off_policy_shaping=off_policy_shaping,
     )
     weights = token_weights(mask, loss_type=loss_type, max_completion_length=max_completion_length)
-    return jnp.sum(weights * loss), {name: jnp.sum(x / _count(mask)) for name, x in metrics.items()}
+    sampled = on_policy_mask(mask, is_off_policy)
+    counts = {name: _count(sampled if name in ON_POLICY_METRICS else mask) for name in metrics}
+    return jnp.sum(weights * loss), {name: jnp.sum(x / counts[name]) for name, x in metrics.items()}
 
 
 def sft_token_loss(logp: Float[Array, "P G T"], mask: Bool[Array, "P G T"]) -> Tokens:

@@ -136,6 +136,16 @@ class PromptData:
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat().batch(self._global_rows)
         return PromptStream(order.map(lambda rows: self._load(rows, self._global_rows)), start_step)
 
+    def further(self, *, seed: int, index: int) -> PromptBatch:
+        """Return batch `index` of a stream in an order of its own, for prompts beside those of `stream`."""
+        own = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+        order = grain.MapDataset.range(len(self)).shuffle(seed=own).repeat().batch(self._global_rows)
+        return self._load(order[index], self._global_rows)
+
+    def gather(self, indices: Int[np.ndarray, " N"]) -> PromptBatch:
+        """Return these examples as the batch of a step, in the order given: the indices of all processes' rows."""
+        return self._load(indices, len(indices))
+
     def epoch(self) -> Iterator[PromptBatch]:
         """Return all examples once, in order; the last batch repeats some of its rows to keep its shape."""
         size = self._global_rows

@@ -3,34 +3,20 @@
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jgrpo.rewards.bleu import DEFAULT_BLEU, BleuOptions, SentenceBleu
-from jgrpo.rewards.chrf import SentenceChrf
-from jgrpo.rewards.exact import exact_match
-from jgrpo.rewards.wer import word_accuracy
+from jgrpo.checks import check_types
+from jgrpo.core.advantages import group_advantages
+from jgrpo.options import MetricOptions
+from jgrpo.rewards.bleu import DEFAULT_OPTIONS
+from jgrpo.rewards.built_in import BUILT_IN, Component
 from model_port.errors import UserError
 
-# A component: (completions, references, **columns) -> one finite number per example.
-Component = Callable[..., Sequence[float] | np.ndarray]
+SCALES = ("none", "group")
 
 _QUOTED_CHARS = 200
-
-
-def _each(score: Callable[[str, str], float]) -> Component:
-    """A score of one example, as a component that needs no columns."""
-    return lambda completions, references, **_: [score(*pair) for pair in zip(completions, references, strict=True)]
-
-
-# Built when asked for, so that each reward object owns its scorers.
-BUILT_IN: dict[str, Callable[[BleuOptions], Component]] = {
-    "bleu": lambda options: _each(SentenceBleu(options)),
-    "chrf": lambda options: _each(SentenceChrf()),
-    "exact": lambda options: _each(exact_match),
-    "wer": lambda options: _each(word_accuracy),
-}
 
 
 def _load_component(name: str) -> Component:
@@ -57,47 +43,80 @@ def _quote(text: str) -> str:
     return repr(text if len(text) <= _QUOTED_CHARS else text[:_QUOTED_CHARS] + "…")
 
 
-def _example_error(name: str, problem: str, index: int, completions: list[str], references: list[str]) -> UserError:
-    return UserError(
-        f"reward {name!r} {problem} at example {index}: completion {_quote(completions[index])}, "
-        f"reference {_quote(references[index])}. A reward takes (completions, references, **columns) and returns one "
-        "finite number per example."
-    )
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What rewards are computed from.
+
+    Attributes:
+        columns: further columns of the data set, one value per example.
+        first: number of the first example here, where these are a part of more.
+    """
+
+    completions: list[str]
+    references: list[str]
+    columns: dict[str, Sequence]
+    first: int = 0
+
+    @classmethod
+    def make(cls, completions: Sequence[str], references: Sequence[str], columns: Mapping[str, Sequence]) -> "Examples":
+        """Check that every column has one value per completion."""
+        for what, values in {"references": references, **columns}.items():
+            if len(values) != len(completions):
+                raise UserError(
+                    f"rewards got {len(completions)} completions but {len(values)} values in {what!r}: "
+                    "give one per completion."
+                )
+        return cls(list(completions), list(references), dict(columns))
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def part(self, start: int, stop: int) -> "Examples":
+        """Examples start to stop, counted here."""
+        columns = {name: values[start:stop] for name, values in self.columns.items()}
+        return Examples(self.completions[start:stop], self.references[start:stop], columns, self.first + start)
+
+    def error(self, name: str, problem: str, index: int) -> UserError:
+        """What to raise when the component fails at the example of this index here."""
+        return UserError(
+            f"reward {name!r} {problem} at example {self.first + index}: completion {_quote(self.completions[index])}, "
+            f"reference {_quote(self.references[index])}. A reward takes (completions, references, **columns) and "
+            "returns one finite number per example."
+        )
 
 
-def _first_failing(component: Component, completions: list[str], references: list[str], columns: dict) -> int | None:
+def _first_failing(component: Component, examples: Examples) -> int | None:
     """The first example on which the component fails alone; None if it only fails on several together."""
-    for index in range(len(completions)):
-        one = slice(index, index + 1)
+    for index in range(len(examples)):
+        one = examples.part(index, index + 1)
         try:
-            list(component(completions[one], references[one], **{key: column[one] for key, column in columns.items()}))
+            list(component(one.completions, one.references, **one.columns))
         except Exception:
             return index
     return None
 
 
-def _score(name: str, component: Component, completions: list[str], references: list[str], columns: dict) -> np.ndarray:
+def _score(name: str, component: Component, examples: Examples) -> np.ndarray:
     """Run one component, and refuse what is not one finite number per example."""
     try:
-        returned = list(component(completions, references, **columns))
+        returned = list(component(examples.completions, examples.references, **examples.columns))
     except Exception as error:
         problem = f"failed with {type(error).__name__}: {error},"
-        index = _first_failing(component, completions, references, columns)
+        index = _first_failing(component, examples)
         if index is None:
-            problem, index = f"{problem} on {len(completions)} examples together and on none alone; they begin", 0
-        raise _example_error(name, problem, index, completions, references) from error
-    if len(returned) != len(completions):
-        problem = f"returned {len(returned)} values for {len(completions)} examples; the two part"
-        index = min(len(returned), len(completions) - 1)
-        raise _example_error(name, problem, index, completions, references)
-    scores = np.empty(len(completions))
+            problem, index = f"{problem} on {len(examples)} examples together and on none alone; they begin", 0
+        raise examples.error(name, problem, index) from error
+    if len(returned) != len(examples):
+        problem = f"returned {len(returned)} values for {len(examples)} examples; the two part"
+        raise examples.error(name, problem, min(len(returned), len(examples) - 1))
+    scores = np.empty(len(examples))
     for index, value in enumerate(returned):
         try:
             scores[index] = float(value)
         except (TypeError, ValueError) as error:
-            raise _example_error(name, f"returned {value!r}", index, completions, references) from error
+            raise examples.error(name, f"returned {value!r}", index) from error
         if not math.isfinite(scores[index]):
-            raise _example_error(name, f"returned {value!r}", index, completions, references)
+            raise examples.error(name, f"returned {value!r}", index)
     return scores
 
 
@@ -108,10 +127,13 @@ class Reward:
     Attributes:
         weights: of each component; one with weight 0 is scored and logged, and does not train.
         functions: the components by the same names.
+        scale: "none", or "group": `total` brings each component to mean 0 and deviation 1 within its group first, so
+            that a component's share in the total does not depend on how widely it spreads.
     """
 
     weights: Mapping[str, float | int]
     functions: Mapping[str, Component]
+    scale: str = "none"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,7 +143,7 @@ class Reward:
     def components(
         self, completions: Sequence[str], references: Sequence[str], **columns: Sequence
     ) -> dict[str, np.ndarray]:
-        """Every component's score of every example, unweighted, float64 [N].
+        """Every component's score of every example, unweighted and unscaled, float64 [N].
 
         Args:
             columns: further columns of the data set, one value per example, passed on to user functions.
@@ -130,47 +152,63 @@ class Reward:
             UserError: unequal lengths, or a component that fails or returns something else than N finite numbers;
                 the message names the reward and the first example concerned.
         """
-        completions = list(completions)
-        for what, values in {"references": references, **columns}.items():
-            if len(values) != len(completions):
-                raise UserError(
-                    f"rewards got {len(completions)} completions but {len(values)} values in {what!r}: "
-                    "give one per completion."
-                )
-        if not completions:
+        return self.score(Examples.make(completions, references, columns))
+
+    def score(self, examples: Examples) -> dict[str, np.ndarray]:
+        """As `components`, on examples that have been checked."""
+        if not len(examples):
             return {name: np.empty(0) for name in self.names}
-        references = list(references)
-        return {
-            name: _score(name, function, completions, references, columns) for name, function in self.functions.items()
-        }
+        return {name: _score(name, function, examples) for name, function in self.functions.items()}
 
     def total(self, components: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The weighted sum of what `components` returned, float64 [N]."""
+        """The weighted sum of the components, float64, of their shape: [P, G], or any shape where scale is "none".
+
+        Raises:
+            UserError: scale is "group" and the components are not [P, G] with G of at least 2.
+        """
+        if self.scale == "group":
+            components = {name: _within_groups(name, components[name]) for name in self.names}
         return sum(weight * components[name] for name, weight in self.weights.items())
 
     def __call__(self, completions: Sequence[str], references: Sequence[str], **columns: Sequence) -> np.ndarray:
-        """The reward of every example, float64 [N]; arguments and errors as for `components`."""
+        """The reward of every example, float64 [N]; arguments and errors as for `components`. Needs scale "none"."""
         return self.total(self.components(completions, references, **columns))
 
 
-def make_reward(spec: str | Mapping[str, float | int], *, bleu: BleuOptions = DEFAULT_BLEU) -> Reward:
+def _within_groups(name: str, values: np.ndarray) -> np.ndarray:
+    if values.ndim != 2:
+        raise UserError(
+            f"a reward of scale group compares samples of one prompt: give components of shape [prompts, samples], got "
+            f"{list(values.shape)} for {name!r}."
+        )
+    return group_advantages(np.asarray(values, np.float64), "group")
+
+
+def make_reward(
+    spec: str | Mapping[str, float | int], *, options: MetricOptions = DEFAULT_OPTIONS, scale: str = "none"
+) -> Reward:
     """The reward named by spec: one component, or several with their weights.
 
-    A component is "bleu", "chrf", "exact" (match), "wer" (1 - word error rate), all in [0, 1], or a function of yours
-    as "package.module:function", called with (completions, references, **columns).
+    A component is one of BUILT_IN, in [0, 1] (bertscore: at most 1, in practice above 0), or a function of yours as
+    "package.module:function", called with (completions, references, **columns). "wer" and "cer" are 1 - error rate, not
+    below 0; "length" is the closeness of the numbers of words.
 
     Args:
-        bleu: the variant of the component "bleu".
+        options: the variants of the built-in components. What they name (a model, WordNet) is read here.
+        scale: one of SCALES; see Reward.
 
     Raises:
-        UserError: unknown name, a module or function that does not exist, no component, or a weight that is not a
-            finite number.
+        UserError: unknown name, option or scale, a module or function that does not exist, no component, a weight that
+            is not a finite number, or files that a component needs and that are missing.
     """
     weights = {spec: 1.0} if isinstance(spec, str) else dict(spec)
     if not weights:
         raise UserError(f"a reward needs a component: use {', '.join(BUILT_IN)} or your own module:function.")
+    if scale not in SCALES:
+        raise UserError(f"reward scale {scale!r} is unknown: use one of {', '.join(SCALES)}.")
     for name, weight in weights.items():
         if not math.isfinite(weight):
             raise UserError(f"the weight of reward {name!r} is {weight!r}: give a finite number.")
-    functions = {name: BUILT_IN[name](bleu) if name in BUILT_IN else _load_component(name) for name in weights}
-    return Reward(weights, functions)
+    check_types(options, "metrics.")
+    functions = {name: BUILT_IN[name].make(options) if name in BUILT_IN else _load_component(name) for name in weights}
+    return Reward(weights, functions, scale)

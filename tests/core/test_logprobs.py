@@ -64,6 +64,45 @@ def test_by_hand():
     np.testing.assert_allclose(entropy, [[[1.5 * np.log(2)]]], rtol=1e-6)
 
 
+def truncated(logits, target, top_p, top_k, min_p):
+    """Probabilities of one position in the order top_k, top_p, min_p; the target is in their support in any case."""
+    probs = np.exp(logits - logits.max())
+    order = np.argsort(-probs, kind="stable")
+    kept = order[: top_k or len(order)]
+    mass = np.cumsum(probs[kept]) / probs[kept].sum()
+    kept = kept[np.concatenate([[0.0], mass[:-1]]) < top_p]
+    kept = kept[probs[kept] >= min_p * probs.max()]
+    inside = np.isin(np.arange(len(probs)), [*kept, target])
+    return np.where(inside, probs, 0.0) / probs[inside].sum(), target in kept
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.7}, {"top_k": 4}, {"min_p": 0.2}, {"top_p": 0.8, "top_k": 6, "min_p": 0.1}], ids=str
+)
+def test_truncated_distribution_with_the_target_in_it(options):
+    hidden, kernel, targets, weights = make_inputs()
+
+    def f(hidden):
+        logp, entropy = chunked_logprobs(
+            hidden, targets, lambda x: project(x, kernel), chunk_tokens=12, temperature=0.7, **options
+        )
+        return jnp.sum(weights * logp), (logp, entropy)
+
+    (_, (logp, entropy)), gradient = jax.jit(jax.value_and_grad(f, has_aux=True))(hidden)
+    logits = np.asarray(project(hidden, kernel), np.float64) / 0.7
+    outside = 0
+    for index in np.ndindex(P, G, T):
+        settings = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, **options}
+        probs, ranked = truncated(logits[index], targets[index], **settings)
+        outside += not ranked
+        assert logp[index] == pytest.approx(np.log(probs[targets[index]]), abs=1e-5)
+        some = probs[probs > 0]
+        assert entropy[index] == pytest.approx(-(some * np.log(some)).sum(), abs=1e-5)
+        slope = weights[index] * (np.eye(V)[targets[index]] - probs) @ kernel.T.astype(np.float64) / 0.7
+        np.testing.assert_allclose(gradient[index], slope, rtol=1e-4, atol=1e-5)
+    assert 0 < outside < P * G * T
+
+
 def test_entropy_has_no_gradient():
     hidden, kernel, targets, _ = make_inputs()
     gradient = jax.grad(

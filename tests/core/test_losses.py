@@ -6,13 +6,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgrpo.core.losses import policy_loss, sft_token_loss, token_loss, token_weights
+from jgrpo.core.advantages import group_advantages
+from jgrpo.core.losses import IMPORTANCE, policy_loss, sft_token_loss, token_loss, token_weights
 from model_port.errors import UserError
 
 P, G, T = 3, 5, 7
 LENGTHS = np.array([[7, 3, 0, 1, 5], [2, 7, 4, 6, 0], [1, 2, 3, 5, 7]])
 LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
 OPTIONS = {"epsilon_low": 0.2, "epsilon_high": 0.28, "max_completion_length": 11}
+# Without and with what bounds or reshapes the ratio further; the ratios of make_inputs go up to 1.65.
+EXTRAS = ({"delta": None, "off_policy_shaping": 0.0}, {"delta": 1.4, "off_policy_shaping": 0.1})
+SCALES = ("group", "batch", "none")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling so many small programs takes longer than running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def extras_for(loss_type, extras):
+    """cispo takes no delta."""
+    return {**extras, "delta": None if loss_type == "cispo" else extras["delta"]}
+
+
+def scaled(rewards, scale):
+    """The definition of each scale, group by group."""
+    centred = np.array([group - sum(group) / G for group in rewards])
+    if scale == "group":
+        return np.array([group / (np.sqrt(np.sum(group**2) / (G - 1)) + 1e-4) for group in centred])
+    spread = np.sqrt(np.sum((rewards - rewards.sum() / (P * G)) ** 2) / (P * G - 1))
+    return centred / (spread + 1e-4) if scale == "batch" else centred
 
 
 def make_inputs(seed=0):
@@ -37,7 +63,7 @@ def sequence_weight(loss_type, length, mask):
     return 1 / mask.sum()
 
 
-def reference(inputs, *, loss_type, importance, kl, beta, off_policy):
+def reference(inputs, *, loss_type, importance, kl, beta, off_policy, delta=None, off_policy_shaping=0.0):
     """Loss and its gradient in logp, token by token, each from its own closed form."""
     logp, old_logp, ref_logp, advantage, mask, is_off = inputs
     low, high = OPTIONS["epsilon_low"], OPTIONS["epsilon_high"]
@@ -49,13 +75,20 @@ def reference(inputs, *, loss_type, importance, kl, beta, off_policy):
         for t in range(n):
             log_ratio = logp[p, g, :n] - behaviour[:n]
             ratio = np.exp(log_ratio[t] if importance == "token" else log_ratio.mean())
+            shaped, its_slope = ratio, ratio  # the slope is d/dlogp
+            if off and off_policy_shaping:
+                shaped = ratio / (ratio + off_policy_shaping)
+                its_slope = ratio * off_policy_shaping / (ratio + off_policy_shaping) ** 2
             if loss_type == "cispo":
-                weight = ratio if off else min(ratio, high)
+                weight = shaped if off else min(ratio, high)
                 value, slope = weight * a * logp[p, g, t], weight * a
+            elif off:
+                value, slope = shaped * a, its_slope * a
             else:
-                clipped = ratio if off else min(max(ratio, 1 - low), 1 + high)
-                value = min(ratio * a, clipped * a)
-                slope = 0.0 if clipped * a < ratio * a else ratio * a
+                free = ratio if delta is None else min(ratio, delta)
+                clipped = min(max(ratio, 1 - low), 1 + high)
+                value = min(free * a, clipped * a)
+                slope = 0.0 if clipped * a < free * a or free < ratio else ratio * a
             d = ref_logp[p, g, t] - logp[p, g, t]
             divergence = {"k1": -d, "k2": d**2 / 2, "k3": np.exp(d) - d - 1}[kl]
             divergence_slope = {"k1": 1.0, "k2": -d, "k3": 1 - np.exp(d)}[kl]
@@ -65,7 +98,7 @@ def reference(inputs, *, loss_type, importance, kl, beta, off_policy):
     return loss, gradient
 
 
-@functools.partial(jax.jit, static_argnames=[*OPTIONS, "loss_type", "importance", "kl", "beta"])
+@functools.partial(jax.jit, static_argnames=[*OPTIONS, *EXTRAS[0], "loss_type", "importance", "kl", "beta"])
 def loss_and_gradient(logp, *others, **options):
     """One compilation per set of options, shared by the tests."""
     return jax.value_and_grad(lambda logp: policy_loss(logp, *others, **options), has_aux=True)(logp)
@@ -82,24 +115,30 @@ def run(inputs, *, off_policy, x64=False, **options):
         return float(loss), np.asarray(gradient), {name: float(x) for name, x in metrics.items()}
 
 
-@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("extras", EXTRAS, ids=("plain", "bounded"))
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_value_and_gradient_match_the_reference(loss_type, importance, kl, off_policy):
-    inputs = make_inputs()
-    options = {"loss_type": loss_type, "importance": importance, "kl": kl, "beta": 0.1, "off_policy": off_policy}
-    loss, gradient = reference(inputs, **options)
-    ours, our_gradient, _ = run(inputs, x64=True, **options)
-    assert ours == pytest.approx(loss, rel=1e-9)
-    np.testing.assert_allclose(our_gradient, gradient, rtol=1e-9, atol=1e-15)
+def test_value_and_gradient_match_the_reference(loss_type, importance, kl, extras):
+    *before, rewards, mask, is_off = make_inputs()
+    options = {"loss_type": loss_type, "importance": importance, "kl": kl, "beta": 0.1}
+    for scale, off_policy in itertools.product(SCALES, (False, True)):
+        inputs = (*before, scaled(rewards, scale), mask, is_off)
+        settings = {**options, **extras_for(loss_type, extras), "off_policy": off_policy}
+        loss, gradient = reference(inputs, **settings)
+        actual = (*before, group_advantages(rewards, scale), mask, is_off)
+        ours, our_gradient, _ = run(actual, x64=True, **settings)
+        assert ours == pytest.approx(loss, rel=1e-9)
+        np.testing.assert_allclose(our_gradient, gradient, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("extras", EXTRAS, ids=("plain", "bounded"))
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_float32_keeps_five_digits(loss_type, importance):
+def test_float32_keeps_five_digits(loss_type, importance, extras):
     inputs = make_inputs()
     options = {"loss_type": loss_type, "importance": importance, "kl": "k3", "beta": 0.1, "off_policy": True}
+    options |= extras_for(loss_type, extras)
     loss, gradient = reference(inputs, **options)
     ours, our_gradient, _ = run(inputs, **options)
     # Terms of both signs are added: the error is that of the largest, not of the sum.
@@ -114,6 +153,7 @@ def test_gradient_matches_finite_differences_of_the_reference(loss_type, importa
     # and the token form must have the same gradient.
     inputs = make_inputs(1)
     options = {"loss_type": loss_type, "importance": importance, "kl": "k3", "beta": 0.1, "off_policy": True}
+    options |= EXTRAS[1]
     _, gradient, _ = run(inputs, x64=True, **options)
     step = 1e-6
     for index in [(0, 0, 2), (0, 1, 0), (1, 1, 6), (1, 3, 5), (2, 4, 0), (0, 4, 3), (0, 2, 0)]:
@@ -162,6 +202,22 @@ def test_clip_sides_by_hand(ratio, advantage, loss, slope, low, high):
 
 
 @pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope", "bounded"),
+    [
+        (3.0, -2.0, 4.0, 0.0, 1),  # bad and grown likely: bounded by delta alone, -A delta
+        (1.9, -2.0, 3.8, 3.8, 0),
+        (0.5, -2.0, 1.6, 0.0, 0),  # the lower clip as ever
+        (3.0, 2.0, -2.6, 0.0, 0),  # for A > 0 the clip at 1.3 comes first
+    ],
+)
+def test_delta_bounds_negative_advantages(ratio, advantage, loss, slope, bounded):
+    ours, gradient, metrics = one_token(ratio, advantage, delta=2.0)
+    assert ours == pytest.approx(loss, rel=1e-6) and gradient == pytest.approx(slope, rel=1e-6)
+    assert metrics["clip_delta"] == bounded
+    assert metrics["clip_region"] == metrics["clip_low"] + metrics["clip_high"] + bounded == float(slope == 0)
+
+
+@pytest.mark.parametrize(
     ("ratio", "advantage", "weight"), [(1.5, 2.0, 1.5), (7.0, 2.0, 5.0), (7.0, -2.0, 5.0), (0.1, 2.0, 0.1)]
 )
 def test_cispo_bounds_the_weight_by_epsilon_high_and_keeps_the_gradient(ratio, advantage, weight):
@@ -181,6 +237,46 @@ def test_normalisation_by_hand():
         assert run(inputs, off_policy=False, beta=0.0, loss_type=loss_type)[0] == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_group_without_tokens_counts_unless_it_is_skipped(loss_type, skip):
+    mask = make_inputs()[4]
+    masked = mask & (np.arange(P) != 1)[:, None, None]
+    options = {"loss_type": loss_type, "max_completion_length": 11}
+    weights = token_weights(masked, **options, skip_empty_groups=skip)
+    # As if its prompt were not there; a sequence without tokens beside others of its group still counts.
+    expected = np.asarray(token_weights(masked[[0, 2]], **options))
+    if not skip and loss_type in ("grpo", "dr_grpo"):
+        expected = expected * 2 / 3
+    np.testing.assert_allclose(weights[np.array([0, 2])], expected, rtol=1e-6)
+    assert not np.asarray(weights[1]).any()
+
+
+@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_ratio_beyond_float32_has_a_finite_gradient(importance, sign):
+    mask = np.ones((1, 1, 2), bool)
+    inputs = [np.zeros((1, 1, 2)), np.full((1, 1, 2), -200.0), None, np.array([[float(sign)]]), mask, None]
+    loss, gradient, _ = run(inputs, off_policy=False, beta=0.0, importance=importance)
+    assert np.isfinite(gradient).all() and np.isfinite(loss)
+    if sign > 0:
+        assert loss == pytest.approx(-1.28, rel=1e-6) and not gradient.any()
+
+
+def test_reductions_by_hand():
+    # Two prompts of two samples, token losses 1 in the sequences of 1, 3, 2 and 2 tokens; the second's first is cut.
+    mask = np.arange(3) < np.array([[[1], [3]], [[0], [2]]])
+    zeros = np.zeros((2, 2, 3))
+    inputs = [zeros, zeros, None, -np.array([[4.0, 1.0], [1.0, 3.0]]), mask, None]
+    expected = {"grpo": (4 + 1 + 0 + 3) / 4, "dapo": (4 + 3 + 6) / 6, "bnpo": 13 / 6, "dr_grpo": 13 / (4 * 11)}
+    for loss_type, value in expected.items():
+        assert run(inputs, off_policy=False, beta=0.0, loss_type=loss_type)[0] == pytest.approx(value, rel=1e-6)
+    # bnpo in two micro-batches is the mean of (4 + 3) / 4 and 6 / 2.
+    pieces = [[x if x is None else x[p : p + 1] for x in inputs] for p in range(2)]
+    each = [run(piece, off_policy=False, beta=0.0, loss_type="bnpo")[0] for piece in pieces]
+    assert sum(each) / 2 == pytest.approx((7 / 4 + 3) / 2, rel=1e-6)
+
+
 def test_off_policy_row_has_ratio_pi_and_no_clip():
     # A row that was not sampled, pi = 0.1, A = 2.475: loss -0.2475, gradient -pi A; its old log-probability is junk.
     shape = (1, 1, 1)
@@ -191,6 +287,46 @@ def test_off_policy_row_has_ratio_pi_and_no_clip():
     inputs[3] = -inputs[3]
     _, gradient, metrics = run([*inputs, np.ones((1, 1), bool)], off_policy=True, beta=0.0)
     assert gradient.item() == pytest.approx(0.2475, rel=1e-6) and metrics["clip_region"] == 0
+
+
+def test_a_shaped_row_by_hand():
+    # pi = 0.1, gamma = 0.1: f = 0.5 and f' pi = 0.1 * 0.1 / 0.04 = 0.25 in place of 0.1 and 0.1; delta does not apply.
+    shape = (1, 1, 1)
+    inputs = [np.full(shape, np.log(0.1)), np.full(shape, np.nan), None, np.full((1, 1), 2.0), np.ones(shape, bool)]
+    options = {"off_policy": True, "beta": 0.0, "off_policy_shaping": 0.1, "delta": 1.5}
+    loss, gradient, _ = run([*inputs, np.ones((1, 1), bool)], **options)
+    assert loss == pytest.approx(-1.0, rel=1e-6) and gradient.item() == pytest.approx(-0.5, rel=1e-6)
+    sampled = [*inputs[:1], np.full(shape, np.log(0.1)), *inputs[2:], np.zeros((1, 1), bool)]
+    assert run(sampled, **options)[0] == pytest.approx(-2.0, rel=1e-6)
+
+
+def test_metrics_of_the_ratio_are_about_sampled_tokens():
+    # A sampled token of ratio 1.5 beside three tokens of a reference with pi = 0.1: not (1.5 + 0.3) / 4.
+    logp = np.log(np.array([[[1.5, 1.0, 1.0], [0.1, 0.1, 0.1]]]))
+    mask = np.arange(3) < np.array([[[1], [3]]])
+    off = np.array([[False, True]])
+    inputs = [logp, np.zeros((1, 2, 3)), logp - np.log(2.0), np.ones((1, 2)), mask, off]
+    _, _, metrics = run(inputs, off_policy=True)
+    expected = {"ratio": 1.5, "clip_low": 0.0, "clip_high": 1.0, "clip_region": 1.0, "kl": np.log(2.0) - 0.5}
+    assert metrics == pytest.approx(expected, rel=1e-6)
+
+
+def test_mixed_policy_group_by_hand():
+    # G = 8, the reference alone is right: A = 7/8 / std = 2.475 for it and -0.354 for the others.
+    rewards = np.array([[0.0] * 7 + [1.0]])
+    advantage = group_advantages(rewards, "group")
+    np.testing.assert_allclose(advantage, [[-0.354] * 7 + [2.475]], atol=2e-3)
+    np.testing.assert_array_equal(group_advantages(np.ones((1, 8)), "group"), 0)
+    pi, shape = np.array([0.9, 0.4, 0.05]), (1, 8, 3)
+    logp = np.broadcast_to(np.log(pi), shape)
+    off = np.arange(8)[None] == 7
+    inputs = [logp, logp, None, advantage, np.ones(shape, bool), off]
+    loss, gradient, metrics = run(inputs, off_policy=True, x64=True, beta=0.0)
+    on, reference_row = advantage[0, 0], advantage[0, 7]
+    assert loss == pytest.approx(-(21 * on + reference_row * pi.sum()) / 24, rel=1e-9)
+    np.testing.assert_allclose(gradient[0, 7], -pi * reference_row / 24, rtol=1e-9)
+    np.testing.assert_allclose(gradient[0, :7], -on / 24, rtol=1e-9)
+    assert metrics["ratio"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("importance", ["token", "sequence"])
@@ -303,6 +439,8 @@ def test_reference_is_optional_only_without_beta():
         ({"loss_type": "ppo"}, "loss type 'ppo' is unknown: use one of grpo, dapo, bnpo, dr_grpo, cispo"),
         ({"importance": "group"}, "importance 'group' is unknown: use one of token, sequence"),
         ({"kl": "k9"}, "KL estimator 'k9' is unknown: use one of k1, k2, k3"),
+        ({"delta": 1.28}, r"delta is 1.28; .* must be above 1 \+ epsilon_high = 1.28"),
+        ({"delta": 2.0, "loss_type": "cispo"}, "cispo bounds the ratio by epsilon_high alone: set delta to None"),
         ({"loss_type": "dr_grpo", "max_completion_length": None}, "give a positive max_completion_length"),
     ],
 )

@@ -1,6 +1,7 @@
 """What a run leaves is a model: evaluated, asked, trained further, converted and loaded by transformers."""
 
 import json
+import re
 import statistics
 
 import numpy as np
@@ -46,17 +47,21 @@ def test_eval_of_a_policy(work, sft_run, capsys):
         references = [[row["reference"] for row in rows]]
         bleu = sacrebleu.BLEU()
         scores = [bleu.corpus_score([row["sampled"][s] for row in rows], references).score for s in (0, 1)]
-        sampled = result["sampled"]
-        assert (sampled["seeds"], sampled["scores"]) == ([0, 1], pytest.approx(scores))
+        found = result["metrics"]["bleu"]
+        sampled = found["sampled"]
+        assert (result["seeds"], sampled["scores"]) == ([0, 1], pytest.approx(scores))
         assert sampled["mean"] == pytest.approx(statistics.fmean(scores))
         assert sampled["sd"] == pytest.approx(statistics.stdev(scores))
-        assert result["greedy"] == pytest.approx(bleu.corpus_score([row["greedy"] for row in rows], references).score)
-        assert result["signature"] == str(bleu.get_signature())
-    assert results["train"]["greedy"] > 50 > 5 > results["test"]["greedy"]
+        assert found["greedy"] == pytest.approx(bleu.corpus_score([row["greedy"] for row in rows], references).score)
+        assert found["label"] == f"BLEU {bleu.get_signature()}"
+        assert (found["beam"], result["average"]) == (None, None)
+    known, new = (results[name]["metrics"]["bleu"] for name in ("train", "test"))
+    assert known["greedy"] > 50 > 5 > new["greedy"]
     printed = capsys.readouterr().out
     assert f"evaluating {sft_run / 'policy'}" in printed and f"results.json are in {out}" in printed
-    assert f"train: 4 examples, sampled BLEU {results['train']['sampled']['mean']:.2f} ± " in printed
-    assert f"greedy BLEU {results['train']['greedy']:.2f}" in printed
+    assert "train: 4 examples, 2 seeds\n" in printed and f"\nbleu: {known['label']}\n" in printed
+    assert re.search(rf"\nsampled +{known['sampled']['mean']:.2f} ± \d", printed)
+    assert re.search(rf"\ngreedy +{known['greedy']:.2f}\n", printed)
 
 
 def test_eval_of_the_base_and_of_another_policy(work, sft_run, capsys):
@@ -65,7 +70,8 @@ def test_eval_of_the_base_and_of_another_policy(work, sft_run, capsys):
     evaluate(work, run, "--eval.no-greedy")
     assert "does not exist yet: evaluating the base" in capsys.readouterr().out
     results = json.loads((run / "eval" / "base" / "results.json").read_text())
-    assert results["train"]["sampled"]["mean"] < 1 and results["train"]["greedy"] is None
+    found = results["train"]["metrics"]["bleu"]
+    assert found["sampled"]["mean"] < 1 and found["greedy"] is None
     policy = sft_run / "policy"
     evaluate(work, run, "--policy", str(policy))
     mine, own = run / "eval" / "sft_run" / "train.jsonl", sft_run / "eval" / "policy" / "train.jsonl"
@@ -95,7 +101,7 @@ def test_a_run_from_a_converted_model_is_the_same_run(work, sft_run):
     config, arrays = open_model(run / "policy")
     assert config == open_model(work.base)[0]
     base = open_model(work.base)[1]
-    moved = {name for name in arrays if arrays[name].tobytes() != base[name].tobytes()}
+    moved = {name for name in arrays if np.asarray(arrays[name]).tobytes() != np.asarray(base[name]).tobytes()}
     assert moved and all(name.startswith(("projector.", "decoder.")) for name in moved)
 
 

@@ -131,10 +131,11 @@ def test_the_best_policy_is_kept_over_a_resume(work, monkeypatch):
     scores = {2: 5.0, 4: 9.0, 6: 3.0, 8: 9.5}
     policies = {}
 
-    def scripted(training, data, *, seeds, greedy):
+    def scripted(training, data, passes):
         if training.step > 2:
             policies[training.step - 2] = read_orbax(run / "policy")[1]
-        return SimpleNamespace(mean=scores[training.step])
+        score = scores[training.step]
+        return SimpleNamespace(mean=lambda metric: score, lower_is_better=lambda metric: False)
 
     monkeypatch.setattr(setup, "evaluate_policy", scripted)
     options = ("--num-steps", "8", "--eval.every", "2", "--data.validation", str(work.test))

@@ -52,10 +52,10 @@ class Run:
     def encode(self, batch=None):
         return self.programs.encode(self.trained, self.frozen, place(batch or self.batch, self.mesh))
 
-    def rollout(self, batch=None, *, keys=None, step=0, temperature=TEMPERATURE, top_p=1.0):
+    def rollout(self, batch=None, *, keys=None, step=0, temperature=TEMPERATURE, **truncation):
         batch = batch or self.batch
         keys = step_keys(0, step, num_prompts=len(batch.tokens), num_samples=G) if keys is None else keys
-        sampling = {"num_tokens": T, "temperature": temperature, "top_p": top_p}
+        sampling = {"num_tokens": T, "temperature": temperature, **truncation}
         arrays = place(batch, self.mesh), self.encode(batch), place(keys, self.mesh)
         return self.programs.rollout(self.trained, self.frozen, *arrays, **sampling)
 

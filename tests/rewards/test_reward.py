@@ -1,24 +1,16 @@
+import itertools
 import math
-import sys
-import types
 
 import numpy as np
 import pytest
 
-from jgrpo.rewards import corpus_wer, make_reward
-from jgrpo.rewards.wer import word_errors
+from jgrpo.options import MetricOptions
+from jgrpo.rewards import make_reward
+from jgrpo.rewards.reward import BUILT_IN
 from model_port.errors import UserError
 
 COMPLETIONS = ["Ja", "a b", "größer", ""]
 REFERENCES = ["Ja", "a c", "kleiner", "x"]
-
-
-@pytest.fixture
-def user_module(monkeypatch):
-    """An importable module for the user functions of a test."""
-    module = types.ModuleType("user_rewards")
-    monkeypatch.setitem(sys.modules, "user_rewards", module)
-    return module
 
 
 def test_one_name():
@@ -66,33 +58,6 @@ def test_exact_match(completion, reference, expected):
 )
 def test_chrf(completion, reference, expected):
     assert make_reward("chrf")([completion], [reference]) == pytest.approx([expected], abs=5e-5)
-
-
-@pytest.mark.parametrize(
-    ("completion", "reference", "errors", "reward"),
-    [
-        ("a b c", "a b c", 0, 1.0),
-        ("a x c", "a b c", 1, 2 / 3),
-        ("a c", "a b c", 1, 2 / 3),
-        ("a b b c", "a b c", 1, 2 / 3),
-        ("", "a b c", 3, 0.0),
-        ("x y z w", "a b", 4, 0.0),  # WER 2: the reward stops at 0
-        ("", "", 0, 1.0),
-        ("a", "", 1, 0.0),
-        ("b c d a", "a b c d", 2, 0.5),
-    ],
-)
-def test_word_errors(completion, reference, errors, reward):
-    assert word_errors(completion, reference) == errors
-    assert make_reward("wer")([completion], [reference]) == pytest.approx([reward])
-
-
-def test_corpus_wer_pools_the_words():
-    assert corpus_wer(["a b c", "x"], ["a b d", "y"]) == pytest.approx(2 / 4)
-    with pytest.raises(UserError, match="needs a reference word"):
-        corpus_wer(["a"], [""])
-    with pytest.raises(UserError, match="1 completions and 0 references"):
-        corpus_wer(["a"], [])
 
 
 def fails_on_größer(completions, references, **_):
@@ -150,7 +115,11 @@ def test_long_texts_are_cut_in_messages_only(user_module):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("blue", "'blue' is unknown: use one of bleu, chrf, exact, wer, or your own function as module:function"),
+        (
+            "blue",
+            "'blue' is unknown: use one of bleu, chrf, rouge1, rouge2, rougeL, meteor, bertscore, wer, cer, exact, "
+            "length, or your own function as module:function",
+        ),
         ("no_such_module:score", "module 'no_such_module' cannot be imported"),
         ("user_rewards:missing", "module 'user_rewards' has no function 'missing'"),
         ("user_rewards:", "is unknown"),
@@ -169,6 +138,57 @@ def test_every_column_has_one_value_per_completion():
         reward(["a", "b"], ["a"])
     with pytest.raises(UserError, match="2 completions but 3 values in 'question'"):
         reward(["a", "b"], ["a", "b"], question=["q", "r", "s"])
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "bertscore"])
+def test_every_built_in_reward_is_in_its_range_and_knows_identity(name):
+    texts = ["Ja", "größer als das Haus", "u\u0308ber", "東京", "Yes, he was.", "", "a b c d e f g h"]
+    options = MetricOptions(rouge_tokenizer="unicode")
+    pairs = list(itertools.product(texts, texts))
+    scores = make_reward(name, options=options)(*zip(*pairs, strict=True))
+    assert scores.min() >= 0 and scores.max() <= 1
+    same = make_reward(name, options=options)(texts[-1:], texts[-1:])
+    assert same == pytest.approx([1.0], abs=0.01)  # METEOR's penalty leaves 1 - 0.5 / 8 ** 3
+
+
+def test_the_reward_names_the_failing_example_of_a_built_in(monkeypatch):
+    monkeypatch.setattr("jgrpo.rewards.built_in.word_accuracy", lambda said, wanted: 1 / len(said))
+    with pytest.raises(UserError, match="reward 'wer' failed with ZeroDivisionError.* at example 3: completion ''"):
+        make_reward("wer")(COMPLETIONS, REFERENCES)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "expected"),
+    [("a b", "c d", 1.0), ("a", "a b c d", 0.25), ("a b c d", "a", 0.25), ("", "", 1.0), (" ", "a", 0.0)],
+)
+def test_length(completion, reference, expected):
+    assert make_reward("length")([completion], [reference]).tolist() == [expected]
+
+
+def test_components_are_brought_to_one_scale_within_their_group():
+    reward = make_reward({"exact": 1.0, "length": 2.0, "bleu": 1.0}, scale="group")
+    components = {
+        "exact": np.array([[0.0, 1.0], [1.0, 1.0]]),
+        "length": np.array([[0.2, 0.6], [0.0, 0.02]]),
+        "bleu": np.array([[0.3, 0.3], [0.3, 0.3]]),  # all equal: teaches nothing, whatever its level
+    }
+    # Two samples are half their difference d away from the mean, with deviation d / sqrt(2).
+    exact = 0.5 / (0.5**0.5 + 1e-4)
+    far, near = 0.2 / (0.4 / 2**0.5 + 1e-4), 0.01 / (0.02 / 2**0.5 + 1e-4)
+    expected = [[-exact - 2 * far, exact + 2 * far], [-2 * near, 2 * near]]
+    np.testing.assert_allclose(reward.total(components), expected, rtol=1e-12)
+    plain = make_reward({"exact": 1.0, "length": 2.0, "bleu": 1.0}).total(components)
+    np.testing.assert_allclose(plain, [[0.7, 2.5], [1.3, 1.34]], rtol=1e-12)
+
+
+def test_scaling_needs_groups():
+    reward = make_reward({"exact": 1.0}, scale="group")
+    with pytest.raises(UserError, match=r"of shape \[prompts, samples\], got \[2\] for 'exact'"):
+        reward(["a", "b"], ["a", "b"])
+    with pytest.raises(UserError, match="at least 2 samples per prompt"):
+        reward.total({"exact": np.zeros((3, 1))})
+    with pytest.raises(UserError, match="reward scale 'batch' is unknown: use one of none, group"):
+        make_reward("exact", scale="batch")
 
 
 def test_nothing_to_score():

@@ -1,0 +1,200 @@
+"""The rollout of a step: groups sampled in chunks, scored while the device goes on, replaced where they teach nothing.
+
+With several chunks the device samples one while the host computes the rewards of those before it. What is sampled does
+not depend on their number: every row has a key of its own.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Float
+
+from jgrpo.config import GRPOConfig
+from jgrpo.core.advantages import zero_variance
+from jgrpo.data.pipeline import PromptBatch
+from jgrpo.rewards import RewardPool
+from jgrpo.rollout import (
+    fill_groups,
+    flat_examples,
+    mixed_metrics,
+    rollout_metrics,
+    score_groups,
+    step_keys,
+    with_references,
+)
+from jgrpo.setup import Run
+from jgrpo.steps import fetch, place, truncation
+from model_port.batch import Batch, Completions
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards [P, G] and every component of them [P, G]."""
+
+    rewards: Float[np.ndarray, "P G"]
+    components: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This process's prompts of a step with their completions.
+
+    Attributes:
+        batch: of the prompts, on the mesh.
+        encoded: encoder output of the clips, on the mesh.
+        completions: on the host; in a mixed-policy run the last of a group is the reference.
+        texts: the completions as text.
+        scores: waits for the rewards and returns them.
+        metrics: of dynamic sampling.
+    """
+
+    prompts: PromptBatch
+    batch: Batch
+    encoded: jax.Array
+    completions: Completions
+    texts: list[list[str]]
+    scores: Callable[[], Scores]
+    metrics: dict[str, int] = field(default_factory=dict)
+
+
+class GroupSampler:
+    """Samples and scores the groups of a step as a run is configured."""
+
+    def __init__(self, run: Run, pool: RewardPool, config: GRPOConfig):
+        self._run, self._pool, self._config = run, pool, config
+        self._sampling = {
+            "num_tokens": config.max_completion_tokens,
+            "temperature": config.grpo.temperature,
+            **truncation(config.grpo),
+        }
+
+    def __call__(self, prompts: PromptBatch) -> Groups:
+        """Return the groups of the run's current step."""
+        groups = self._sample(prompts)
+        return self._replace(groups) if self._config.grpo.dynamic_sampling else groups
+
+    def _sample(self, prompts: PromptBatch, *, round: int = 0) -> Groups:
+        """Sample a group for every prompt and start their rewards; `round` is 0 for the prompts of the stream."""
+        run, grpo = self._run, self._config.grpo
+        batch, encoded = self._encode(prompts)
+        with run.timer("rollout"):
+            # All chunks wait in the device's queue before the first is fetched.
+            outs = self._start(batch, encoded, round)
+        hosts, texts, jobs = [], [[]] * len(prompts.prompts), []
+        for part, out in enumerate(outs):
+            rows = slice(part, None, len(outs))
+            with run.timer("rollout"):
+                host = fetch(out)
+            with run.timer("reward"):
+                host = with_references(host, prompts, rows) if grpo.mixed_policy else host
+                texts[rows] = run.policy.processor.decode(host)
+                jobs.append(self._pool.submit(*flat_examples(texts[rows], prompts, rows)))
+            hosts.append(host)
+        completions = jax.tree.map(_interleave, *hosts)
+        return Groups(prompts, batch, encoded, completions, texts, lambda: self._scores(jobs, completions))
+
+    def _encode(self, prompts: PromptBatch) -> tuple[Batch, jax.Array]:
+        run = self._run
+        with run.timer("data"):
+            batch = place(prompts.batch, run.policy.mesh)
+        with run.timer("encode"):
+            return batch, jax.block_until_ready(run.encode(run.state.params, run.data, prompts, batch))
+
+    def _keys(self, round: int) -> jax.Array:
+        """Return the keys of this process's rows."""
+        config, sampled = self._config, self._config.grpo.num_samples - self._config.grpo.mixed_policy
+        shape = {"num_prompts": config.prompts_per_step, "num_samples": sampled}
+        return step_keys(config.seed, self._run.step, round=round, **shape)[self._own_rows()]
+
+    def _own_rows(self) -> slice:
+        rows = self._config.prompts_per_step // jax.process_count()
+        return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+
+    def _start(self, batch: Batch, encoded: jax.Array, round: int) -> list[Completions]:
+        """Start sampling, chunk by chunk; chunk k holds the rows k, k + chunks, ..."""
+        run, parts = self._run, self._config.grpo.rollout_chunks
+        outs, arrays = [], (batch, encoded)
+        for part in range(parts):
+            chunk = arrays if parts == 1 else run.programs.share(arrays, part, parts=parts)
+            keys = place(self._keys(round)[part::parts], run.policy.mesh)
+            outs.append(run.programs.rollout(run.state.params, run.policy.frozen, *chunk, keys, **self._sampling))
+        return outs
+
+    def _scores(self, jobs: list[Future], completions: Completions) -> Scores:
+        """Wait for the components of all chunks and make rewards of them."""
+        lengths = completions.mask.sum(-1)
+        parts = [job.result() for job in jobs]
+        shape = (-1, lengths.shape[1])
+        components = {name: _interleave(*(part[name].reshape(shape) for part in parts)) for name in parts[0]}
+        limit = self._config.max_completion_tokens
+        return Scores(*score_groups(self._pool.reward, components, lengths, self._config.grpo, limit=limit))
+
+    def _replace(self, groups: Groups) -> Groups:
+        """Put groups of further prompts in place of those whose rewards are all equal, as far as some are found.
+
+        Every process decides for all prompts by the same arrays, so all of them agree on what to do next.
+        """
+        run, most = self._run, self._config.grpo.dynamic_sampling
+        table, rounds, replaced = self._table(groups), 0, 0
+        while rounds < most and zero_variance(table["rewards"]).any():
+            with run.timer("data"):
+                prompts = run.data.further(seed=self._config.seed, index=run.step * most + rounds)
+            rounds += 1
+            table, count = fill_groups(table, self._table(self._sample(prompts, round=rounds)))
+            replaced += count
+        metrics = {"dynamic/rounds": rounds, "dynamic/replaced": replaced}
+        if not replaced:
+            return dataclasses.replace(groups, metrics=metrics)
+        with run.timer("data"):
+            prompts = run.data.gather(table.pop("indices"))
+        own = {name: values[self._own_rows()] for name, values in table.items()}
+        completions = Completions(**{name: own.pop(name) for name in ("tokens", "mask", "logp")})
+        scores = Scores(own.pop("rewards"), own)
+        texts = run.policy.processor.decode(completions)
+        return Groups(prompts, *self._encode(prompts), completions, texts, lambda: scores, metrics)
+
+    def _table(self, groups: Groups) -> dict[str, np.ndarray]:
+        """Wait for the rewards and return all that is known of the groups of all processes, prompts first."""
+        with self._run.timer("reward_wait"):
+            scores = groups.scores()
+        out = groups.completions
+        arrays = {"tokens": out.tokens, "mask": out.mask, "logp": out.logp, "rewards": scores.rewards}
+        arrays = {**scores.components, **arrays, "indices": groups.prompts.indices}
+        return {name: _of_all_processes(values) for name, values in arrays.items()}
+
+
+def step_metrics(
+    groups: Groups, scores: Scores, values: np.ndarray, eos: np.ndarray, *, mixed: bool
+) -> dict[str, float]:
+    """Return the metrics of a rollout: those of the sampled completions, and with `mixed` those of the references.
+
+    Args:
+        values: the advantages [P, G].
+        eos: whether each completion ended by itself [P, G].
+    """
+    sampled = np.s_[:, :-1] if mixed else np.s_[:]
+    components = {name: value[sampled] for name, value in scores.components.items()}
+    metrics = rollout_metrics(scores.rewards[sampled], components, groups.completions.mask[sampled], eos[sampled])
+    if mixed:
+        metrics |= mixed_metrics(scores.rewards, values)
+    return metrics | groups.metrics
+
+
+def _interleave(*parts: np.ndarray) -> np.ndarray:
+    """Put the rows k, k + parts, ... of each part k together."""
+    return np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+
+
+def _of_all_processes(rows: np.ndarray) -> np.ndarray:
+    """Return the rows of all processes, in their order."""
+    if jax.process_count() == 1:
+        return rows
+    # As bytes: JAX would round float64.
+    flat = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
+    gathered = np.asarray(multihost_utils.process_allgather(flat, tiled=True))
+    return gathered.view(rows.dtype).reshape(-1, *rows.shape[1:])
