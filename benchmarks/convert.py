@@ -33,14 +33,15 @@ JOBS = {
     "convert": ("from model_port.weights.convert import convert", "convert({hf!r}, {out!r})"),
     "export": ("from model_port.weights.convert import export", "export({orbax!r}, {out!r})"),
 }
-# Seconds from after the imports until everything is on the disk, and the most memory that was ever resident.
+# Seconds from after the imports until everything is on the disk, and the most memory that was ever resident (Linux).
 PROGRAM = """\
-import os, resource, time
+import os, time
 {imports}
 start = time.perf_counter()
 {job}
 os.sync()
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(time.perf_counter() - start, peak)
 """
 
 
@@ -101,7 +102,7 @@ def random_arrays(model: str) -> dict[str, LazyArray]:
 
         def layers():
             for _ in range(shape[0] if stacked else 1):
-                yield np.resize(noise, part)
+                yield lambda scratch: np.resize(noise, part)
 
         return LazyArray(path, shape, np.dtype(ml_dtypes.bfloat16), stacked, layers)
 

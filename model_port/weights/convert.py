@@ -18,7 +18,7 @@ from model_port.errors import UserError
 from model_port.model import GraniteSpeech
 from model_port.partition import param_shardings
 from model_port.weights import hf_files, hf_writer, names, orbax_files, tree
-from model_port.weights.lazy import LazyArray, cast, layers, load
+from model_port.weights.lazy import Layer, LazyArray, cast, layers, load
 from model_port.weights.side_files import CONFIG, read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -113,10 +113,10 @@ def merge(config: GraniteSpeechConfig, arrays: Mapping[str, Any]) -> tuple[Grani
 
 
 def _folded(name: str, kernel: Any, a: Any, b: Any, scaling: float) -> LazyArray:
-    def folded() -> Iterator[np.ndarray]:
+    def folded() -> Iterator[Layer]:
         for parts in zip(*(layers(array, stacked=True) for array in (kernel, a, b)), strict=True):
             frozen, down, up = (part.astype(np.float32) for part in parts)
-            yield frozen + np.float32(scaling) * (down @ up)
+            yield lambda scratch, frozen=frozen, down=down, up=up: frozen + np.float32(scaling) * (down @ up)
 
     return LazyArray(name=name, shape=tuple(kernel.shape), dtype=np.dtype(kernel.dtype), stacked=True, layers=folded)
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.weights import names, tree
-from model_port.weights.lazy import LazyArray
+from model_port.weights.lazy import LazyArray, Scratch
 from model_port.weights.side_files import ADAPTER_CONFIG, CONFIG, read_config, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -41,16 +41,22 @@ class Stored:
     def __str__(self) -> str:
         return f"{self.key} in {os.path.basename(self.file)}"
 
-    def read(self) -> np.ndarray:
-        """Return the tensor: read, not mapped, for what is mapped counts as memory in use."""
-        count = math.prod(self.shape)
+    def read(self, scratch: Scratch | None = None) -> np.ndarray:
+        """Return the tensor, in scratch memory if given. It is read, not mapped: what is mapped counts as in use."""
+        dtype = DTYPES[self.dtype]
+        nbytes = math.prod(self.shape) * dtype.itemsize
+        memory = np.empty(nbytes, np.uint8) if scratch is None else scratch.take(nbytes)
         try:
-            values = np.fromfile(self.file, DTYPES[self.dtype], count, offset=self.offset)
+            with open(self.file, "rb", buffering=0) as file:
+                file.seek(self.offset)
+                done = 0
+                while done < nbytes and (count := file.readinto(memory[done:])):
+                    done += count
         except OSError as error:
             raise UserError(f"cannot read {self.file} ({error}); {REMEDY}") from error
-        if values.size != count:
+        if done < nbytes:
             raise UserError(f"cannot read {self.file}: it ends within {self.key}; {REMEDY}")
-        return values.reshape(self.shape)
+        return memory.view(dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -294,5 +300,5 @@ def _lazy(path: str, shape: tuple[int, ...], slots: list[Slot], found: dict[Slot
         shape=shape,
         dtype=dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32),
         stacked=names.BY_PATH[path].stacked,
-        layers=lambda: (read(tensor.read()) for tensor in stored),
+        layers=lambda: (lambda scratch, tensor=tensor: read(tensor.read(scratch)) for tensor in stored),
     )

@@ -144,9 +144,10 @@ def _write_file(
     text += b" " * (-len(text) % 8)  # data begin on a multiple of 8
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for spec, tensor in zip(specs, tensors, strict=False):
+        for spec in specs:
             file.seek(8 + len(text) + header[spec.name]["data_offsets"][0])
-            file.write(contiguous(tensor).reshape(-1).view(np.uint8).data)
+            # Without a name: a view of one stack must not outlive it while the next one is read.
+            file.write(contiguous(next(tensors)).reshape(-1).view(np.uint8).data)
             progress(spec.nbytes)
 
 
@@ -169,6 +170,7 @@ def _tensors(entries: list[names.Entry], arrays: Mapping[str, Any]) -> Iterator[
     for entry in entries:
         for value in layers(arrays[entry.path], stacked=entry.stacked):
             yield entry.transform.write(value)
+            del value
             if entry.name.endswith(names.RUNNING_VAR):
                 # Unused in inference, but transformers reports a BatchNorm without it as incomplete.
                 yield np.zeros((), np.int64)

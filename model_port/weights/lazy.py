@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,23 @@ TILE = 128
 COPIES = min(4, os.cpu_count() or 1)
 
 
+class Scratch(threading.local):
+    """Memory that a thread reads one tensor after the other into; fresh memory costs more time than what it is for."""
+
+    def __init__(self):
+        self._memory = np.empty(0, np.uint8)
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """Return so many bytes, valid until this thread takes again."""
+        if self._memory.nbytes < nbytes:
+            self._memory = np.empty(nbytes, np.uint8)
+        return self._memory[:nbytes]
+
+
+# Reads a slice; without scratch memory it returns an array of its own.
+Layer = Callable[[Scratch | None], np.ndarray]
+
+
 @dataclass(frozen=True)
 class LazyArray:
     """An array that is known but not read.
@@ -28,15 +46,16 @@ class LazyArray:
         shape: of the whole array.
         dtype: that `load` gives; layers may come in another one and are cast.
         stacked: whether the first axis is that of layers.
-        layers: starts reading: yields the slices along the first axis in their order, or, of an array that is not
-            stacked, the array itself.
+        layers: yields what reads the slices along the first axis, in their order, or, of an array that is not stacked,
+            what reads the array itself. Each may be called in a thread, and may return a view of the scratch memory it
+            is given.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     stacked: bool
-    layers: Callable[[], Iterable[np.ndarray]]
+    layers: Callable[[], Iterable[Layer]]
 
     @property
     def nbytes(self) -> int:
@@ -56,10 +75,15 @@ class LazyArray:
         if out is None:
             out = np.empty(self.shape, self.dtype)
         places = out if self.stacked else out[None]
+        scratch = Scratch()
+
+        def fill(place: np.ndarray, read: Layer) -> None:
+            copy(place, read(scratch), self.name)
+
         with ThreadPoolExecutor(COPIES) as threads:
             waiting = []
-            for place, layer in zip(places, self.layers(), strict=True):
-                waiting.append(threads.submit(copy, place, layer, self.name))
+            for job in zip(places, self.layers(), strict=True):
+                waiting.append(threads.submit(fill, *job))
                 if len(waiting) > COPIES:
                     waiting.pop(0).result()
             for done in waiting:
@@ -79,8 +103,8 @@ def load(array: Any) -> Any:
 def layers(array: Any, *, stacked: bool) -> Iterator[np.ndarray]:
     """Yield the layers of an array, read or not, in its dtype; of one that is not stacked, the array itself."""
     if isinstance(array, LazyArray):
-        for layer in array.layers():
-            yield cast(layer, array.dtype, array.name)
+        for read in array.layers():
+            yield cast(read(None), array.dtype, array.name)
     else:
         array = np.asarray(array)
         yield from array if stacked else (array,)

@@ -39,7 +39,7 @@ FORMAT = 1
 
 # Arrays are written together up to this size: one by one, a thousand small ones would take long.
 GROUP_BYTES = 2**29
-CHUNK_BYTES = 2**26
+CHUNK_BYTES = 2**23
 # Arrays up to this size are read all at once, when the first is: Orbax takes long to begin.
 SMALL_BYTES = 2**22
 
@@ -103,7 +103,7 @@ def write_orbax(
 
 
 def _write_params(path: epath.Path, arrays: Mapping[str, Any], progress: Callable[[int], None]) -> None:
-    """Write the arrays group by group, so that no more than one group has to be in memory."""
+    """Write the arrays group by group, so that no more than one has to be in memory."""
     groups = list(_groups(arrays))
     # One piece of memory for all of them: fresh memory costs the system more time than reading into it.
     memory = np.empty(max(sum(_aligned(arrays[name].nbytes) for name in group) for group in groups), np.uint8)
@@ -234,7 +234,7 @@ def _lazy(name: str, leaf: Any, read: Callable[[str], np.ndarray]) -> LazyArray:
         shape=tuple(leaf.shape),
         dtype=np.dtype(leaf.dtype),
         stacked=stacked,
-        layers=lambda: read(name) if stacked else (read(name),),
+        layers=lambda: (lambda scratch, layer=layer: layer for layer in (read(name) if stacked else (read(name),))),
     )
 
 

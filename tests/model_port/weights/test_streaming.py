@@ -90,7 +90,7 @@ def test_tiles_cover_a_transposed_array(shape, dtype):
 
 
 def test_an_array_with_too_few_layers_is_not_half_read():
-    lazy = LazyArray("x", (3, 2), np.dtype(np.float32), True, lambda: [np.zeros(2, np.float32)] * 2)
+    lazy = LazyArray("x", (3, 2), np.dtype(np.float32), True, lambda: [lambda scratch: np.zeros(2, np.float32)] * 2)
     with pytest.raises(ValueError, match="zip"):
         lazy.load()
 
