@@ -86,8 +86,10 @@ class OptimiserOptions:
 class MetricOptions:
     """The variants of the text metrics that change their value, as rewards and in evaluation alike."""
 
-    bleu_tokenize: Literal["13a", "intl", "char", "zh", "none"] = "13a"
-    """sacrebleu's tokenizer."""
+    bleu_tokenize: Literal[
+        "13a", "intl", "char", "zh", "none", "ja-mecab", "ko-mecab", "flores101", "flores200", "spBLEU-1K"
+    ] = "13a"
+    """sacrebleu's tokenizer; those from ja-mecab on need packages of their own, the last three a download, too."""
     bleu_smooth: Literal["exp", "floor", "add-k", "none"] = "exp"
     """sacrebleu's smoothing; without it a sentence that lacks one n-gram order scores 0."""
     bleu_lowercase: bool = False

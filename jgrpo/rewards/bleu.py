@@ -1,7 +1,6 @@
 """BLEU by sacrebleu: per sentence as a reward, per corpus as a result."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from sacrebleu.metrics import BLEU
 
@@ -13,13 +12,19 @@ from model_port.errors import UserError
 DEFAULT_OPTIONS = MetricOptions()
 
 
-def _variant(options: MetricOptions) -> dict[str, Any]:
+def _scorer(options: MetricOptions, *, effective_order: bool) -> BLEU:
     check_types(options, "metrics.")
-    return {
-        "tokenize": options.bleu_tokenize,
-        "smooth_method": options.bleu_smooth,
-        "lowercase": options.bleu_lowercase,
-    }
+    try:
+        return BLEU(
+            tokenize=options.bleu_tokenize,
+            smooth_method=options.bleu_smooth,
+            lowercase=options.bleu_lowercase,
+            effective_order=effective_order,
+        )
+    except (ImportError, RuntimeError, OSError) as error:
+        # What a tokenizer needs that is not installed or cannot be downloaded; sacrebleu says it in several lines.
+        reason = " ".join(str(error).split())
+        raise UserError(f"metrics.bleu_tokenize {options.bleu_tokenize!r} cannot be used: {reason}") from error
 
 
 class SentenceBleu:
@@ -29,7 +34,7 @@ class SentenceBleu:
     """
 
     def __init__(self, options: MetricOptions = DEFAULT_OPTIONS):
-        self._scorer = BLEU(effective_order=True, **_variant(options))
+        self._scorer = _scorer(options, effective_order=True)
 
     def __call__(self, completion: str, reference: str) -> float:
         # sacrebleu gives 100.00000000000004 to identical text.
@@ -42,13 +47,13 @@ def corpus_bleu(
     """Corpus BLEU in 0..100, one reference each, and the sacrebleu signature that says how it was computed.
 
     Raises:
-        UserError: nothing to score, or unequal lengths.
+        UserError: nothing to score, unequal lengths, or a tokenizer that lacks what it needs.
     """
     if not completions or len(completions) != len(references):
         raise UserError(
             f"corpus BLEU got {len(completions)} completions and {len(references)} references: "
             "give as many of one as of the other, and at least one."
         )
-    scorer = BLEU(**_variant(options))
+    scorer = _scorer(options, effective_order=False)
     score = scorer.corpus_score(list(completions), [list(references)]).score
     return score, str(scorer.get_signature())

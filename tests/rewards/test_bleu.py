@@ -1,4 +1,5 @@
 import itertools
+import sys
 import time
 
 import numpy as np
@@ -124,3 +125,19 @@ def test_as_fast_as_sacrebleu():
         ours.append(middle - start)
         theirs.append(time.thread_time() - middle)
     assert min(ours) <= 1.15 * min(theirs)
+
+
+@pytest.mark.parametrize(
+    ("tokenize", "module"),
+    [
+        ("ja-mecab", "MeCab"),
+        ("ko-mecab", "mecab_ko"),
+        ("flores101", "sentencepiece"),
+        ("flores200", "sentencepiece"),
+        ("spBLEU-1K", "sentencepiece"),
+    ],
+)
+def test_a_tokenizer_whose_package_is_missing_says_so(tokenize, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"metrics.bleu_tokenize '{tokenize}' cannot be used: .*pip install"):
+        make_reward("bleu", options=MetricOptions(bleu_tokenize=tokenize))
