@@ -109,5 +109,5 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
     """Show on standard error how many of `total` bytes are written; in a log, a line every ten seconds."""
     seconds = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=total, unit="B", unit_scale=True, mininterval=seconds, leave=False) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, mininterval=seconds, delay=1.0, leave=False) as bar:
         yield bar.update

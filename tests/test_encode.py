@@ -1,11 +1,12 @@
 """Kept encoder output goes to the rows it belongs to, whatever the order and the padding of a batch."""
 
-from pathlib import Path
+from pathlib import dataclasses
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import Path
 import pytest
 
 from jgrpo.data.pipeline import PromptBatch, PromptData
@@ -66,7 +67,7 @@ def encoder(mesh):
         calls.append(1)
         return batch.features[..., :3] * params["gain"]
 
-    programs = Programs(encode=encode, rollout=encode, score=encode, update=encode, init=encode)
+    programs = Programs(**{field.name: encode for field in dataclasses.fields(Programs)})
     encoder = ClipEncoder(programs, {}, mesh)
     encoder.calls = calls
     return encoder
