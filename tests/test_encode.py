@@ -1,12 +1,12 @@
 """Kept encoder output goes to the rows it belongs to, whatever the order and the padding of a batch."""
 
-from pathlib import dataclasses
+import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import Path
 import pytest
 
 from jgrpo.data.pipeline import PromptBatch, PromptData
