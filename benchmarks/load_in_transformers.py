@@ -2,8 +2,8 @@
 
 Two steps, because the releases live in environments of their own; the second needs numpy, torch, transformers and peft:
 
-    python benchmarks/load_in_transformers.py write /tmp/exported        # where this project is installed
-    python benchmarks/load_in_transformers.py compare /tmp/exported      # where the other release is
+    python benchmarks/load_in_transformers.py write exported        # where this project is installed
+    python benchmarks/load_in_transformers.py compare exported      # where the other release is
 
 The models are small and random in every parameter. Each is exported in float32 together with our logits and greedy
 tokens for a prompt with one clip, and compared in float32; the exit status is 1 if anything differs.

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jgrpo.config import EvalOptions, RunConfig
@@ -22,7 +21,7 @@ from jgrpo.data.pipeline import PromptData
 from jgrpo.encode import ClipEncoder
 from jgrpo.paper import COLUMNS
 from jgrpo.rewards import CorpusScore, corpus_scores, make_reward
-from jgrpo.steps import Programs, place
+from jgrpo.steps import Programs, fetch, gather, place
 from model_port.batch import Completions
 from model_port.errors import UserError
 from model_port.params import Params
@@ -161,8 +160,8 @@ def evaluate(
         batch = place(prompts.batch, mesh)
         arrays = (params, frozen, batch, encode(params, data, prompts, batch))
         found = _decode(programs, arrays, prompts.indices, mesh=mesh, config=config, passes=passes)
-        texts = {name: processor.decode(_of_all_processes(out)) for name, out in found.items()}
-        indices = _of_all_processes(prompts.indices)[: len(data) - len(rows)]  # what comes after them fills the batch
+        texts = {name: processor.decode(gather(fetch(out))) for name, out in found.items()}
+        indices = gather(prompts.indices)[: len(data) - len(rows)]  # what comes after them fills the batch
         rows.extend(_predictions(data, indices, texts))
     references = [row["reference"] for row in rows]
     columns = {name: [row["columns"][name] for row in rows] for name in data.manifest.columns}
@@ -200,11 +199,6 @@ def _decode(
     if passes.beams:
         found["beam"] = programs.beam(*arrays, num_beams=passes.beams, num_tokens=num_tokens)
     return found
-
-
-def _of_all_processes(rows):
-    """Return arrays whose first axis is prompts on the host, the rows of all processes in their order."""
-    return jax.device_get(rows) if jax.process_count() == 1 else multihost_utils.process_allgather(rows, tiled=True)
 
 
 def _predictions(

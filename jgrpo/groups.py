@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Float
 
 from jgrpo.config import GRPOConfig
@@ -28,7 +27,7 @@ from jgrpo.rollout import (
     with_references,
 )
 from jgrpo.setup import Run
-from jgrpo.steps import fetch, place, truncation
+from jgrpo.steps import fetch, gather, place, truncation
 from model_port.batch import Batch, Completions
 
 
@@ -165,7 +164,7 @@ class GroupSampler:
         out = groups.completions
         arrays = {"tokens": out.tokens, "mask": out.mask, "logp": out.logp, "rewards": scores.rewards}
         arrays = {**scores.components, **arrays, "indices": groups.prompts.indices}
-        return {name: _of_all_processes(values) for name, values in arrays.items()}
+        return gather(arrays)
 
 
 def step_metrics(
@@ -188,13 +187,3 @@ def step_metrics(
 def _interleave(*parts: np.ndarray) -> np.ndarray:
     """Put the rows k, k + parts, ... of each part k together."""
     return np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
-
-
-def _of_all_processes(rows: np.ndarray) -> np.ndarray:
-    """Return the rows of all processes, in their order."""
-    if jax.process_count() == 1:
-        return rows
-    # As bytes: JAX would round float64.
-    flat = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
-    gathered = np.asarray(multihost_utils.process_allgather(flat, tiled=True))
-    return gathered.view(rows.dtype).reshape(-1, *rows.shape[1:])

@@ -301,7 +301,7 @@ def validate(run: Run) -> dict[str, float]:
     result = evaluate_policy(run, run.validation, Passes.validation(run.config.eval))
     means = {name: result.mean(name) for name in run.config.eval.metrics}
     metric, value = next(iter(means.items()))
-    best = run.best if run.best is not None and run.best["metric"] == metric else None
+    best = run.best if run.best is not None and run.best.get("metric") == metric else None
     if best is None or (value < best["value"] if result.lower_is_better(metric) else value > best["value"]):
         run.best = {"step": run.step, "metric": metric, "value": value}
         save_policy(run)

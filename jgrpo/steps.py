@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, PyTree
 
@@ -340,5 +341,19 @@ def fetch(tree):
         # Devices that differ in the tensor axis alone hold the same rows.
         parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
         return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+    return jax.tree.map(rows, tree)
+
+
+def gather(tree):
+    """Return host arrays whose first axis is prompts with the rows of all processes, in their order."""
+    if jax.process_count() == 1:
+        return tree
+
+    def rows(x):
+        # As bytes: JAX would round float64.
+        flat = np.ascontiguousarray(x).reshape(len(x), -1).view(np.uint8)
+        gathered = np.asarray(multihost_utils.process_allgather(flat, tiled=True))
+        return gathered.view(x.dtype).reshape(-1, *x.shape[1:])
 
     return jax.tree.map(rows, tree)

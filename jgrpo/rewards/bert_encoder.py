@@ -132,7 +132,7 @@ def _reader(directory: Path) -> Callable[[str], np.ndarray]:
     for file in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(file, framework="np") as tensors:
-                found |= {name: file for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+                found |= {name: file for name in tensors.keys()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {file}, it is truncated or no safetensors file ({error}).") from error
     if not found:

@@ -111,7 +111,7 @@ def _class_name(config: GraniteSpeechConfig) -> str:
 def _features(wave: np.ndarray) -> np.ndarray | str:
     """Return the reference's features, or why there are none: its front end needs torchaudio, a broken one raises."""
     try:
-        import torchaudio  # noqa: F401
+        import torchaudio  # noqa: F401 (transformers looks for it when it is loaded, this asks whether it works now)
         from transformers import GraniteSpeechFeatureExtractor
 
         extractor = GraniteSpeechFeatureExtractor(sampling_rate=SAMPLE_RATE)
