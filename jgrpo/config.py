@@ -18,6 +18,7 @@ from jgrpo.checks import check_least, check_types
 from jgrpo.options import (
     CheckpointOptions,
     DataOptions,
+    DistributedOptions,
     EvalOptions,
     GRPOOptions,
     MetricOptions,
@@ -47,6 +48,8 @@ LEAST = {
     "eval.beams": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "distributed.start_timeout": 1,
+    "distributed.heartbeat_timeout": 10,
     "mesh.data": 1,
     "mesh.fsdp": 1,
     "mesh.tensor": 1,
@@ -90,6 +93,7 @@ class RunConfig:
     eval: EvalOptions = field(default_factory=EvalOptions)
     metrics: MetricOptions = field(default_factory=MetricOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    distributed: DistributedOptions = field(default_factory=DistributedOptions)
     completions_every: int = 10
     """Steps between files of sampled completions; 0 writes none."""
     max_skipped_updates: int = 10
@@ -301,6 +305,7 @@ FREE_TO_CHANGE = (
     "mesh",
     "eval",
     "checkpoint",
+    "distributed",
     "completions_every",
     "max_skipped_updates",
     "paper",

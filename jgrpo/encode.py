@@ -7,7 +7,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jgrpo.data.pipeline import PromptBatch, PromptData
-from jgrpo.steps import Programs, place
+from jgrpo.runtime.rows import place
+from jgrpo.steps import Programs
 from model_port.batch import Batch
 from model_port.params import Params
 

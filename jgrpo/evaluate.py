@@ -21,7 +21,8 @@ from jgrpo.data.pipeline import PromptData
 from jgrpo.encode import ClipEncoder
 from jgrpo.paper import COLUMNS
 from jgrpo.rewards import CorpusScore, corpus_scores, make_reward
-from jgrpo.steps import Programs, fetch, gather, place
+from jgrpo.runtime.rows import fetch, gather, place
+from jgrpo.steps import Programs
 from model_port.batch import Completions
 from model_port.errors import UserError
 from model_port.params import Params

@@ -26,8 +26,9 @@ from jgrpo.rollout import (
     step_keys,
     with_references,
 )
+from jgrpo.runtime.rows import fetch, gather, place
 from jgrpo.setup import Run
-from jgrpo.steps import fetch, gather, place, truncation
+from jgrpo.steps import truncation
 from model_port.batch import Batch, Completions
 
 

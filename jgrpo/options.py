@@ -141,6 +141,22 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True)
+class DistributedOptions:
+    """Which processes make up the run; on a TPU slice its environment says it, and nothing is given here."""
+
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0."""
+    num_processes: int | None = None
+    """Of the run; each is started with the same command and a process id of its own."""
+    process_id: int | None = None
+    """Of this process, from 0."""
+    start_timeout: int = 300
+    """Seconds to wait for the others before giving up with a message."""
+    heartbeat_timeout: int = 60
+    """Seconds without a sign of life after which a process counts as lost, and all others end with a message."""
+
+
+@dataclass(frozen=True)
 class GRPOOptions:
     """Group Relative Policy Optimization. Defaults are the paper's where it states one, else TRL's."""
 

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, PyTree
 
 from jgrpo.config import GRPOOptions
 from jgrpo.core.logprobs import chunked_logprobs
 from jgrpo.core.losses import ON_POLICY_METRICS, on_policy_mask, sft_token_loss, token_loss, token_weights
+from jgrpo.layout import rollout_layout
 from jgrpo.runtime.optimiser import all_finite, select_tree
 from model_port.batch import Batch, struct
 from model_port.beam import search_completions
@@ -126,9 +126,12 @@ class Programs:
 
     Attributes:
         encode: (params, frozen, batch) to encoder output [P, C, A, E].
+        layout: (params, frozen) to the same as decoding wants them: laid out for it, in the dtype of the computation.
+            Once per rollout; what is right as it is, is not copied.
         rollout: (params, frozen, batch, encoded, keys [P, G], num_tokens=, temperature=, top_p=, top_k=, min_p=) to
-            Completions.
-        beam: (params, frozen, batch, encoded, num_beams=, num_tokens=) to the Completions [P, 1, T] of a beam search.
+            Completions; params and frozen are those of `layout`.
+        beam: (params, frozen, batch, encoded, num_beams=, num_tokens=) to the Completions [P, 1, T] of a beam search;
+            params and frozen as for `rollout`.
         score: (params, frozen, batch, encoded, tokens [P, G, T]) to log-probs [P, G, T] at the training temperature
             and truncation.
         update: (TrainState, frozen, batch, encoded, Targets) to (TrainState, metrics); the state is donated.
@@ -138,6 +141,7 @@ class Programs:
     """
 
     encode: Callable
+    layout: Callable
     rollout: Callable
     beam: Callable
     score: Callable
@@ -156,8 +160,10 @@ def make_programs(
     remat: str = "none",
     logprob_chunk: int = 4096,
     micro_batches: int = 1,
+    rollout_weights: str = "gathered",
 ) -> Programs:
-    """Return the programs of a run over `mesh`."""
+    """Return the programs of a run over `mesh`; `rollout_weights` is a key of partition.ROLLOUT."""
+    stationary = rollout_weights == "stationary"
     # A trained encoder is run again with the parameters in question: those of the update, or of the reference.
     reencode = any(name.startswith("encoder.") for name in trainable)
     logprobs = _logprobs_of(definition, objective, remat=remat, chunk=logprob_chunk, reencode=reencode)
@@ -166,10 +172,12 @@ def make_programs(
         return definition.bind(frozen, params).encode(batch.features, batch.lengths)
 
     def rollout(params, frozen, batch, encoded, keys, **sampling):
-        return sample_completions(definition.bind(frozen, params), batch, encoded, keys, **sampling)
+        return sample_completions(
+            definition.bind(frozen, params), batch, encoded, keys, stationary=stationary, **sampling
+        )
 
     def beam(params, frozen, batch, encoded, **search):
-        return search_completions(definition.bind(frozen, params), batch, encoded, **search)
+        return search_completions(definition.bind(frozen, params), batch, encoded, stationary=stationary, **search)
 
     def score(params, frozen, batch, encoded, tokens):
         return logprobs(params, frozen, batch, encoded, tokens)[0]
@@ -214,6 +222,7 @@ def make_programs(
     sampling = ("num_tokens", "temperature", "top_p", "top_k", "min_p")
     return Programs(
         encode=_on(mesh, jax.jit(encode, out_shardings=rows)),
+        layout=rollout_layout(definition, mesh, rollout_weights),
         rollout=_on(mesh, jax.jit(rollout, static_argnames=sampling, out_shardings=rows)),
         beam=_on(mesh, jax.jit(beam, static_argnames=("num_beams", "num_tokens"), out_shardings=rows)),
         score=_on(mesh, jax.jit(score, out_shardings=rows)),
@@ -320,40 +329,3 @@ def apply_updates(
         else:
             combined[name] = sum(metrics[name] for metrics in counted) / len(counted)
     return state, combined
-
-
-def place(tree, mesh: Mesh):
-    """Put host arrays (or PRNG keys) whose first axis is prompts on the mesh; every process gives its own rows."""
-    rows = batch_sharding(mesh)
-
-    def put(x):
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(put(jax.random.key_data(x)))
-        return jax.make_array_from_process_local_data(rows, np.asarray(x))
-
-    return jax.tree.map(put, tree)
-
-
-def fetch(tree):
-    """Bring arrays whose first axis is prompts to the host, each process its own rows: the reverse of `place`."""
-
-    def rows(x):
-        # Devices that differ in the tensor axis alone hold the same rows.
-        parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
-
-    return jax.tree.map(rows, tree)
-
-
-def gather(tree):
-    """Return host arrays whose first axis is prompts with the rows of all processes, in their order."""
-    if jax.process_count() == 1:
-        return tree
-
-    def rows(x):
-        # As bytes: JAX would round float64.
-        flat = np.ascontiguousarray(x).reshape(len(x), -1).view(np.uint8)
-        gathered = np.asarray(multihost_utils.process_allgather(flat, tiled=True))
-        return gathered.view(x.dtype).reshape(-1, *x.shape[1:])
-
-    return jax.tree.map(rows, tree)

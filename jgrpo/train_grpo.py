@@ -15,8 +15,9 @@ from jgrpo.config import GRPOConfig
 from jgrpo.groups import GroupSampler, step_metrics
 from jgrpo.rewards import RewardPool
 from jgrpo.rollout import advantages, completion_rows, ended, learnt_tokens, reference_rows
+from jgrpo.runtime.rows import place
 from jgrpo.setup import Run, finish_run, finish_step, start_run
-from jgrpo.steps import Targets, apply_updates, grpo_objective, place
+from jgrpo.steps import Targets, apply_updates, grpo_objective
 
 
 def train_grpo(config: GRPOConfig) -> Run:

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from jgrpo.config import SFTConfig
+from jgrpo.runtime.rows import place
 from jgrpo.setup import Run, finish_run, finish_step, start_run
-from jgrpo.steps import Targets, apply_updates, place, sft_objective
+from jgrpo.steps import Targets, apply_updates, sft_objective
 
 
 def train_sft(config: SFTConfig) -> Run:

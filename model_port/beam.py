@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from model_port.batch import Batch, Completions, struct
 from model_port.errors import UserError
 from model_port.model import GraniteSpeech, has_audio, last_hidden
+from model_port.partition import stationary_weights
 
 NEVER = -1e9  # score of what must not be chosen, as in transformers; finite, so that sums stay ordered
 
@@ -90,8 +91,12 @@ def search_completions(
     num_beams: int,
     num_tokens: int,
     length_penalty: float = 1.0,
+    stationary: bool = False,
 ) -> Completions:
-    """Prefill every prompt once and search over its keys and values; each beam has a cache of its own. Traceable."""
+    """Prefill every prompt once and search over its keys and values; each beam has a cache of its own. Traceable.
+
+    `stationary` is that of model_port.generate.sample_completions.
+    """
     use_lora = has_audio(batch)
     hidden, prefix = model.decoder.prefill(model.embed_prompts(batch, encoded), batch.mask, use_lora=use_lora)
     num_prompts = batch.tokens.shape[0]
@@ -116,9 +121,11 @@ def search_completions(
     def extend(state):
         t, beams, cache, finished, going = state
         last = jax.lax.dynamic_index_in_dim(beams.tokens, t - 1, axis=2, keepdims=False)
-        x = model.embed_completions(last)
-        hidden, cache = model.decoder.step(x, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
-        beams, parent, finished, going = advance(beams, finished, going, model.policy_logits(hidden), t)
+        with stationary_weights(stationary):
+            x = model.embed_completions(last)
+            hidden, cache = model.decoder.step(x, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
+            logits = model.policy_logits(hidden)
+        beams, parent, finished, going = advance(beams, finished, going, logits, t)
         index = parent[None, :, :, None, None, None]
         cache = tuple(jnp.take_along_axis(store, index, axis=2) for store in cache)
         return t + 1, beams, cache, finished, going

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model_port.config import DecoderConfig, LoraConfig
 from model_port.layers import Embedding, Linear, RMSNorm, attend, rotary, rotary_tables, scan_layers
-from model_port.partition import constrain
+from model_port.partition import constrain, constrain_heads, constrain_stationary, constrain_stream
 
 KeysValues = tuple[Float[Array, "n P L K h"], Float[Array, "n P L K h"]]  # of all n layers
 Cache = tuple[Float[Array, "n P G T K h"], Float[Array, "n P G T K h"]]
@@ -47,7 +47,8 @@ class MLP(nnx.Module):
         self.down_proj = linear("down_proj", config.intermediate_size, config.hidden_size, axes=("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "P N D"], use_lora: bool) -> Float[Array, "P N D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, use_lora)) * self.up_proj(x, use_lora), use_lora)
+        hidden = jax.nn.silu(self.gate_proj(x, use_lora)) * self.up_proj(x, use_lora)
+        return self.down_proj(constrain_stationary(hidden, "tensor"), use_lora)
 
 
 class Layer(nnx.Module):
@@ -71,8 +72,9 @@ class Layer(nnx.Module):
         residual = jnp.asarray(self.residual_multiplier, x.dtype)
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos_sin, use_lora)
         out, extra = look(q, k, v)
-        x = x + residual * self.self_attn.o_proj(out.reshape(*x.shape[:2], -1), use_lora)
-        return constrain(x + residual * self.mlp(self.post_attention_layernorm(x), use_lora)), extra
+        out = constrain_stationary(out.reshape(*x.shape[:2], -1), "tensor")
+        x = constrain_stream(x + residual * self.self_attn.o_proj(out, use_lora))
+        return constrain_stream(x + residual * self.mlp(self.post_attention_layernorm(x), use_lora)), extra
 
 
 class Decoder(nnx.Module):
@@ -91,7 +93,7 @@ class Decoder(nnx.Module):
         """Run left-aligned prompts; return hidden states and all layers' keys and values."""
 
         def look(q, k, v):
-            return self._prompt_attention(q, k, v, mask), (k, v)
+            return self._prompt_attention(q, k, v, mask), (constrain_heads(k), constrain_heads(v))
 
         tables = self._tables(jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2]))
         x, prefix = scan_layers(
@@ -121,6 +123,7 @@ class Decoder(nnx.Module):
             index, own_prefix = xs
 
             def look(q, k, v):
+                q, k, v = map(constrain_heads, (q, k, v))
                 new = tuple(
                     jax.lax.dynamic_update_slice(store, item[None, :, :, None], (index, 0, 0, t, 0, 0))
                     for store, item in zip(cache, (k, v), strict=True)
@@ -181,7 +184,7 @@ class Decoder(nnx.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
-        return tuple(constrain(jnp.zeros(shape, dtype), axis=1) for _ in range(2))
+        return tuple(constrain_heads(jnp.zeros(shape, dtype), axis=1) for _ in range(2))
 
     def _attend(self, q, own, own_mask, prefix=None, prefix_mask=None):
         return attend(q, own, own_mask, prefix, prefix_mask, scale=self.config.attention_multiplier)

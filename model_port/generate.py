@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 from model_port.batch import Batch, Completions
 from model_port.errors import UserError
 from model_port.model import GraniteSpeech, has_audio, last_hidden
+from model_port.partition import stationary_weights
 from model_port.sampling import row_keys, sample
 
 
@@ -84,10 +85,14 @@ def sample_completions(
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
+    stationary: bool = False,
 ) -> Completions:
     """Prefill every prompt once and decode until all samples have ended or T tokens stand. Traceable.
 
     Draw t of a row uses fold_in(its key, t): it depends on neither the batch, the mesh nor the other samples.
+
+    Args:
+        stationary: whether the weights stay split over fsdp while tokens are decoded (model_port.partition).
     """
     use_lora = has_audio(batch)
     hidden, prefix = model.decoder.prefill(model.embed_prompts(batch, encoded), batch.mask, use_lora=use_lora)
@@ -115,9 +120,11 @@ def sample_completions(
 
     def decode(state):
         t, token, running, cache, out = state
-        x = model.embed_completions(token)
-        hidden, cache = model.decoder.step(x, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
-        token, logp = draw(model.policy_logits(hidden), t)
+        with stationary_weights(stationary):
+            x = model.embed_completions(token)
+            hidden, cache = model.decoder.step(x, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
+            logits = model.policy_logits(hidden)
+        token, logp = draw(logits, t)
         out, token, running = write(out, t, token, logp, running)
         return t + 1, token, running, cache, out
 

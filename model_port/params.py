@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from model_port.errors import UserError
@@ -30,6 +31,11 @@ class ModelDef:
         """Return the model with these arrays; together the dicts must hold every name."""
         merged = {name: value for part in params for name, value in part.items()}
         return nnx.merge(self.graph, jax.tree.unflatten(self.structure, [merged[name] for name in self.names]))
+
+    def skeleton(self) -> GraniteSpeech:
+        """Return the model without arrays, for what it says of itself."""
+        nothing = jax.ShapeDtypeStruct((), jnp.float32)
+        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, [nothing] * len(self.names)))
 
 
 def split_model(model: GraniteSpeech) -> tuple[ModelDef, Params | dict[str, jax.ShapeDtypeStruct]]:

@@ -1,10 +1,17 @@
 """Where arrays live: logical axes of parameters to axes of the mesh (data, fsdp, tensor). It raises, never falls back.
 
-Every parameter names its axes (`layers`, `embed`, `heads`, ...) when it is created. `TRAINING` says which mesh axis
-each one is split over; what it does not name is replicated.
+Every parameter names its axes (`layers`, `embed`, `heads`, ...) when it is created. A table says which mesh axis each
+one is split over; what it does not name is replicated. `TRAINING` is the table of everything but decoding.
+
+For decoding, which reads all weights for every token, they are laid out once per rollout in one of two ways. Gathered:
+whole over fsdp, so that a token moves no weights. Stationary: as in training, where the gathered ones do not fit; then
+it is the activations of a token that travel, which are small, and each device multiplies by the part that it has.
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -28,6 +35,12 @@ TRAINING = {
     "proj_heads": "tensor",
     "proj_mlp": "tensor",
 }
+
+GATHERED = {axis: mesh_axis for axis, mesh_axis in TRAINING.items() if mesh_axis != "fsdp"}
+ROLLOUT = {"gathered": GATHERED, "stationary": TRAINING}
+
+# Whether what is traced now decodes with stationary weights.
+_stationary = contextvars.ContextVar("stationary", default=False)
 
 
 @dataclass(frozen=True)
@@ -83,12 +96,49 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+@contextlib.contextmanager
+def stationary_weights(on: bool) -> Iterator[None]:
+    """Let `constrain_stream` lay activations out for weights that stay where they are, in what is traced inside."""
+    token = _stationary.set(on)
+    try:
+        yield
+    finally:
+        _stationary.reset(token)
+
+
 def constrain(x: jax.Array, axis: int = 0) -> jax.Array:
     """Keep the prompt axis of an activation split over data and fsdp, where a mesh is set; else return it as it is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    return _constrain(x, PartitionSpec(*(None,) * axis, BATCH_AXES))
+
+
+def constrain_stream(x: jax.Array) -> jax.Array:
+    """Lay out the residual stream [P, ..., D]: split by prompts, or with stationary weights by features over fsdp."""
+    if not _stationary.get():
+        return constrain(x)
+    return _constrain(x, PartitionSpec("data", *(None,) * (x.ndim - 2), "fsdp"))
+
+
+def constrain_stationary(x: jax.Array, axis: str | None) -> jax.Array:
+    """With stationary weights, lay out an activation [P, ..., features]: all prompts of a data shard on every device.
+
+    Args:
+        axis: of the mesh, over which the features are split.
+    """
+    if not _stationary.get():
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, BATCH_AXES))
+    return _constrain(x, PartitionSpec("data", *(None,) * (x.ndim - 2), axis))
+
+
+def constrain_heads(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Split queries, keys or values [..., heads, width] by prompts, which are at `axis`, and heads over tensor."""
+    mesh = jax.sharding.get_abstract_mesh()
+    heads = "tensor" if not mesh.empty and x.shape[-2] % mesh.shape["tensor"] == 0 else None
+    between = (None,) * (x.ndim - axis - 3)
+    return _constrain(x, PartitionSpec(*(None,) * axis, BATCH_AXES, *between, heads, None))
+
+
+def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
 
 
 def check_divides(what: str, count: int, mesh: MeshConfig) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from jgrpo.data.pipeline import PromptBatch, PromptData
 from jgrpo.encode import ClipEncoder
-from jgrpo.steps import Programs, place
+from jgrpo.runtime.rows import place
+from jgrpo.steps import Programs
 from model_port.batch import Batch
 from model_port.partition import MeshConfig, make_mesh
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from jgrpo.config import GRPOOptions
 from jgrpo.rollout import step_keys
-from jgrpo.steps import Targets, grpo_objective, make_programs, place
+from jgrpo.runtime.rows import place
+from jgrpo.steps import Targets, grpo_objective, make_programs
 from model_port.params import select
 from model_port.partition import MeshConfig, make_mesh, param_shardings
 from model_port.weights.tree import abstract_model
@@ -57,7 +58,17 @@ class Run:
         keys = step_keys(0, step, num_prompts=len(batch.tokens), num_samples=G) if keys is None else keys
         sampling = {"num_tokens": T, "temperature": temperature, **truncation}
         arrays = place(batch, self.mesh), self.encode(batch), place(keys, self.mesh)
-        return self.programs.rollout(self.trained, self.frozen, *arrays, **sampling)
+        return self.programs.rollout(*self.programs.layout(self.trained, self.frozen), *arrays, **sampling)
+
+    def compiled_rollout(self):
+        """Return the completions of `rollout`, and its compiled program as text."""
+        keys = step_keys(0, 0, num_prompts=len(self.batch.tokens), num_samples=G)
+        arrays = place(self.batch, self.mesh), self.encode(), place(keys, self.mesh)
+        params = self.programs.layout(self.trained, self.frozen)
+        with jax.set_mesh(self.mesh):
+            program = self.programs.rollout.__wrapped__
+            compiled = program.lower(*params, *arrays, num_tokens=T, temperature=TEMPERATURE).compile()
+            return jax.device_get(compiled(*params, *arrays)), compiled.as_text()
 
     def score(self, tokens, batch=None, *, encoded=None):
         encoded = self.encode(batch) if encoded is None else encoded

@@ -6,7 +6,9 @@ Rematerialisation and the chunks that log-probs are computed in change nothing e
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.invariance.compiled import decoding_collectives
 from tests.invariance.run import Run, gradient_error
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
@@ -35,6 +37,31 @@ def test_samples_loss_and_gradient_do_not_depend_on_the_mesh(mesh, run, out, tar
     np.testing.assert_array_equal(samples.mask, out.mask)
     np.testing.assert_allclose(samples.logp, out.logp, atol=TOLERANCE)
     assert_same_update(ours.gradient(targets), gradient)
+
+
+def weight_shapes(run):
+    """Shapes of the decoder's weights, of one layer where they are stacked, as they would be whole over fsdp."""
+    shapes = set()
+    for name, value in {**run.trained, **run.frozen}.items():
+        if name.startswith(("decoder.", "lm_head.")) and value.ndim > 1:
+            whole = tuple(axis if axis != "fsdp" else None for axis in value.sharding.spec)
+            shard = NamedSharding(run.mesh, PartitionSpec(*whole)).shard_shape(value.shape)
+            shard = shard[1:] if ".layers." in name else shard
+            shapes |= {shard, shard[::-1], value.shape, value.shape[-2:]}
+    return shapes
+
+
+@pytest.mark.parametrize(("weights", "mesh"), [("gathered", (2, 2, 2)), ("stationary", (1, 4, 2))], ids=str)
+def test_decoding_a_token_moves_no_weights(weights, mesh, out):
+    """Neither layout gathers a weight inside the decoding loop, and neither changes a sample."""
+    ours = Run(mesh=mesh, rollout_weights=weights)
+    samples, text = ours.compiled_rollout()
+    np.testing.assert_array_equal(samples.tokens, out.tokens)
+    np.testing.assert_allclose(samples.logp, out.logp, atol=TOLERANCE)
+    found = decoding_collectives(text)
+    assert any(each.operation == "all-reduce" for each in found)
+    moved = {array.dims for each in found if each.operation == "all-gather" for array in each.result}
+    assert not moved & weight_shapes(ours)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from jgrpo.rollout import advantages, reference_rows
-from jgrpo.steps import apply_updates, fetch, place
+from jgrpo.runtime.rows import fetch, place
+from jgrpo.steps import apply_updates
 from tests.invariance.run import Run, make_targets
 from tests.invariance.tiny import G, P, T
 

@@ -1,0 +1,1 @@
+"""What a run will need of a TPU slice, from its compiled programs, before the slice is there."""
