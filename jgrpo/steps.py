@@ -166,7 +166,9 @@ def make_programs(
     stationary = rollout_weights == "stationary"
     # A trained encoder is run again with the parameters in question: those of the update, or of the reference.
     reencode = any(name.startswith("encoder.") for name in trainable)
-    logprobs = _logprobs_of(definition, objective, remat=remat, chunk=logprob_chunk, reencode=reencode)
+    # Each chunk reads all of the head, so its size is that of a device's share: more devices take no more chunks.
+    chunk = logprob_chunk * mesh.shape["data"] * mesh.shape["fsdp"]
+    logprobs = _logprobs_of(definition, objective, remat=remat, chunk=chunk, reencode=reencode)
 
     def encode(params: Params, frozen: Params, batch: Batch):
         return definition.bind(frozen, params).encode(batch.features, batch.lengths)

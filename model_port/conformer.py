@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model_port.config import EncoderConfig
 from model_port.layers import MASKED, Embedding, LayerNorm, Linear, align, parameter, scan_layers
+from model_port.partition import constrain
 
 NORM_EPS = 1e-5  # torch LayerNorm and BatchNorm1d default
 
@@ -168,7 +169,7 @@ class Encoder(nnx.Module):
         """
         taps = self.config.cat_hidden_layers if taps is None else taps
         middle = self.config.num_layers // 2
-        x = self.input_linear(features)
+        x = constrain(self.input_linear(features))
         valid = jnp.arange(x.shape[1])[None, :] < lengths[:, None]
         kept = {0: x} if 0 in taps else {}
 
@@ -177,7 +178,7 @@ class Encoder(nnx.Module):
 
         def body(layer, h, index):
             plain = layer(h, valid)
-            h = jax.lax.cond(index == middle, feedback, lambda h: h, plain)
+            h = constrain(jax.lax.cond(index == middle, feedback, lambda h: h, plain))
             return h, (plain if before_feedback else h) if any(taps) else None
 
         x, outputs = scan_layers(self.layers, body, x, jnp.arange(1, self.config.num_layers + 1), remat=remat)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from model_port.config import ProjectorConfig
 from model_port.layers import LayerNorm, Linear, parameter, scan_layers
+from model_port.partition import constrain
 
 
 class Attention(nnx.Module):
@@ -77,8 +78,8 @@ class Projector(nnx.Module):
         window = self.config.window_size
         windows = -(-count // window)
         frames = jnp.pad(frames, ((0, 0), (0, windows * window - count), (0, 0)))
-        frames = frames.reshape(batch * windows, window, width)
+        frames = constrain(frames.reshape(batch * windows, window, width))
         query = self.layernorm(self.query[...].astype(frames.dtype))
-        x = jnp.broadcast_to(query, (batch * windows, *query.shape[1:]))
-        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x, frames), None), x, None)
+        x = constrain(jnp.broadcast_to(query, (batch * windows, *query.shape[1:])))
+        x, _ = scan_layers(self.layers, lambda layer, x, _: (constrain(layer(x, frames)), None), x, None)
         return self.linear(x).reshape(batch, windows * self.config.num_queries, -1)
