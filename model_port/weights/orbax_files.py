@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
-from model_port.weights import names
+from model_port.weights import chunk_files, names
 from model_port.weights.lazy import LazyArray
 from model_port.weights.side_files import (
     DISK_FULL,
@@ -35,11 +35,11 @@ from model_port.weights.side_files import (
 
 MANIFEST = "model_port.json"
 PARAMS = "params"
+STATE = "state"  # in it, as Orbax calls a tree that was saved without a name for it
 FORMAT = 1
 
 # Arrays are written together up to this size: one by one, a thousand small ones would take long.
 GROUP_BYTES = 2**29
-CHUNK_BYTES = 2**23
 # Arrays up to this size are read all at once, when the first is: Orbax takes long to begin.
 SMALL_BYTES = 2**22
 
@@ -103,39 +103,22 @@ def write_orbax(
 
 
 def _write_params(path: epath.Path, arrays: Mapping[str, Any], progress: Callable[[int], None]) -> None:
-    """Write the arrays group by group, so that no more than one has to be in memory."""
-    groups = list(_groups(arrays))
-    # One piece of memory for all of them: fresh memory costs the system more time than reading into it.
-    memory = np.empty(max(sum(_aligned(arrays[name].nbytes) for name in group) for group in groups), np.uint8)
+    """Write what is in memory by Orbax, group by group, then what is still to be read into the places Orbax made."""
+    lazy = {name: array for name, array in arrays.items() if isinstance(array, LazyArray)}
+    stored = {name: chunk_files.placeholder(array) if name in lazy else array for name, array in arrays.items()}
     try:
         with _storage(), _quiet():
-            for group in groups:
-                loaded = _load(group, arrays, memory)
-                ocp.partial.save(path, loaded)
-                progress(sum(array.nbytes for array in loaded.values()))
+            for group in _groups(stored):
+                ocp.partial.save(path, {name: stored[name] for name in group})
+                progress(sum(stored[name].nbytes for name in group if name not in lazy))
             ocp.partial.finalize(path)
     except ValueError as error:
         # Tensorstore's errors are ValueErrors that carry the system's words.
         if not any(os.strerror(code) in str(error) for code in DISK_FULL):
             raise
         raise UserError(f"cannot write {path.parent}: the disk is full; make room or choose another one") from error
-
-
-def _load(group: list[str], arrays: Mapping[str, Any], memory: np.ndarray) -> dict[str, Any]:
-    """Return the arrays of a group, those to be read one after the other in `memory`."""
-    loaded = {}
-    end = 0
-    for name in group:
-        array = loaded[name] = arrays[name]
-        if isinstance(array, LazyArray):
-            begin, end = end, end + _aligned(array.nbytes)
-            loaded[name] = array.load(memory[begin:][: array.nbytes].view(array.dtype).reshape(array.shape))
-    return loaded
-
-
-def _aligned(nbytes: int) -> int:
-    """Round up, so that what follows can be of any dtype."""
-    return -(-nbytes // 64) * 64
+    if jax.process_index() == 0:
+        chunk_files.write_arrays(path / STATE, lazy, progress)
 
 
 def _storage() -> ocp.Context:
@@ -148,7 +131,7 @@ def _storage() -> ocp.Context:
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
-    saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES)
+    saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=chunk_files.CHUNK_BYTES)
     context.memory.deepcopy_host_arrays = False
     return context
 

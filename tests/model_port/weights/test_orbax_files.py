@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.partition import MeshConfig, make_mesh
-from model_port.weights.orbax_files import read_manifest, read_orbax, write_orbax
+from model_port.weights import chunk_files
+from model_port.weights.lazy import LazyArray
+from model_port.weights.orbax_files import open_orbax, read_manifest, read_orbax, write_orbax
 
 CONFIG = GraniteSpeechConfig.tiny()
 
@@ -45,6 +48,60 @@ def test_arrays_land_on_the_mesh_they_are_asked_for(tmp_path):
     restored = read_orbax(tmp_path / "out", dict.fromkeys(arrays, sharding))[1]["projector.linear.kernel"]
     assert isinstance(restored, jax.Array) and restored.sharding == sharding
     np.testing.assert_array_equal(restored, arrays["projector.linear.kernel"])
+
+
+def unread(array, *, stacked, layers=None):
+    """Return an array that is still to be read, its matrices transposed in memory as they come from a file."""
+    parts = [np.asfortranarray(layer) for layer in (array if stacked else [array])]
+    return LazyArray("x", array.shape, array.dtype, stacked, lambda: [lambda _, p=p: p for p in parts[:layers]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "stacked", "chunks", "files"),
+    [
+        ((3, 20, 14), True, (1, 5, 7), 24),
+        ((3, 18, 2, 20), True, (1, 5, 2, 5), 48),  # the last rows do not fill a file
+        ((33, 6), False, (17, 6), 2),
+        ((3, 5), True, (3, 5), 1),
+        ((7,), False, (7,), 1),
+    ],
+)
+def test_arrays_written_as_they_are_read_are_bit_equal(tmp_path, monkeypatch, shape, stacked, chunks, files, dtype):
+    values = np.random.default_rng(0).integers(0, 256, (*shape, jnp.dtype(dtype).itemsize), np.uint8)
+    expected = values.view(dtype)[..., 0]
+    monkeypatch.setattr(chunk_files, "CHUNK_BYTES", 52 * expected.itemsize if stacked else 130 * expected.itemsize)
+    arrays = {"projector.linear.kernel": unread(expected, stacked=stacked), "other": np.ones(3, np.float32)}
+    write_orbax(tmp_path / "out", CONFIG, arrays)
+    directory = tmp_path / "out" / "params" / "state" / "projector.linear.kernel"
+    assert tuple(json.loads((directory / ".zarray").read_text())["chunks"]) == chunks
+    assert len(list(directory.glob("[0-9]*"))) == files
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(directory)}}
+    for found in (
+        read_orbax(tmp_path / "out")[1]["projector.linear.kernel"],
+        np.asarray(open_orbax(tmp_path / "out")[1]["projector.linear.kernel"]),
+        tensorstore.open(spec, open=True).result().read().result(),
+    ):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert found.tobytes() == expected.tobytes()
+
+
+def test_shards_of_an_array_written_as_it_was_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunk_files, "CHUNK_BYTES", 2**8)
+    expected = np.arange(3 * 20 * 14, dtype=np.float32).reshape(3, 20, 14)
+    write_orbax(tmp_path / "out", CONFIG, {"projector.linear.kernel": unread(expected, stacked=True)})
+    sharding = NamedSharding(make_mesh(MeshConfig(fsdp=4, tensor=2)), PartitionSpec(None, "fsdp", "tensor"))
+    restored = read_orbax(tmp_path / "out", {"projector.linear.kernel": sharding})[1]["projector.linear.kernel"]
+    assert restored.sharding == sharding
+    np.testing.assert_array_equal(restored, expected)
+
+
+def test_an_array_with_too_few_layers_is_not_half_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunk_files, "CHUNK_BYTES", 2**8)
+    arrays = {"projector.linear.kernel": unread(np.zeros((3, 20, 14), np.float32), stacked=True, layers=2)}
+    with pytest.raises(ValueError, match="zip"):
+        write_orbax(tmp_path / "out", CONFIG, arrays)
+    assert not list(tmp_path.iterdir())
 
 
 def test_small_files_are_copied_byte_for_byte(tmp_path):
@@ -103,10 +160,11 @@ def test_other_format_is_refused(tmp_path):
         read_manifest(tmp_path / "out")
 
 
+@pytest.mark.parametrize("read", [False, True])
 @pytest.mark.parametrize("victim", ["a data file", "all data files", "everything"])
-def test_damaged_params_are_named(tmp_path, victim):
+def test_damaged_params_are_named(tmp_path, victim, read):
     noise = np.random.default_rng(0).normal(size=(500, 500)).astype(np.float32)
-    write_orbax(tmp_path / "out", CONFIG, {"projector.linear.kernel": noise})
+    write_orbax(tmp_path / "out", CONFIG, {"projector.linear.kernel": noise if read else unread(noise, stacked=False)})
     params = tmp_path / "out" / "params"
     data = sorted((params / "state" / "projector.linear.kernel").glob("[0-9]*"))
     assert data

@@ -19,7 +19,7 @@ import pytest
 from model_port import cli
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
-from model_port.weights import names, orbax_files, tree
+from model_port.weights import chunk_files, names, tree
 from model_port.weights.convert import convert, export, load_model, open_model
 from model_port.weights.hf_writer import write_hf
 from model_port.weights.lazy import LazyArray, copy
@@ -62,11 +62,11 @@ def at_most(limit):
         tracemalloc.stop()
 
 
-def test_a_conversion_holds_one_stacked_parameter(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(orbax_files, "GROUP_BYTES", 2**20)
+def test_a_conversion_holds_some_layers_and_an_export_one_stacked_parameter(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunk_files, "CHUNK_BYTES", 2**19)
     sizes = sorted(array.nbytes for array in open_model(source)[1].values())
     assert sum(sizes) > 3 * sizes[-1] > 2**24
-    with at_most(sizes[-1] + 2**23):
+    with at_most(sizes[-1]):
         convert(source, tmp_path / "orbax")
     with at_most(sizes[-1] + 2**23):
         export(tmp_path / "orbax", tmp_path / "back")
@@ -74,13 +74,13 @@ def test_a_conversion_holds_one_stacked_parameter(source, tmp_path, monkeypatch)
 
 
 def test_merged_and_cast_weights_stream_too(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(orbax_files, "GROUP_BYTES", 2**20)
+    monkeypatch.setattr(chunk_files, "CHUNK_BYTES", 2**19)
     largest = max(array.nbytes for array in open_model(source)[1].values())
-    with at_most(2 * largest + 2**23):
+    with at_most(largest + 2**23):
         convert(source, tmp_path / "orbax", lora="merge", dtype="float32")
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (300, 200), (130, 2, 140), (7,), (129, 128)])
+@pytest.mark.parametrize("shape", [(3, 5), (300, 200), (130, 2, 140), (7,), (1030, 515)])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_tiles_cover_a_transposed_array(shape, dtype):
     value = np.arange(np.prod(shape), dtype=np.float32).reshape(shape).astype(dtype)
@@ -145,7 +145,8 @@ def test_an_interruption_leaves_nothing_and_the_command_runs_again(
     @contextlib.contextmanager
     def interrupted(total):
         def stop(size):
-            raise KeyboardInterrupt
+            if size:  # no sooner than something is written
+                raise KeyboardInterrupt
 
         yield stop
 
