@@ -6,6 +6,9 @@ Expected, in percent [P]:
     + SFT                  30.50     86.40     58.53     36.75     55.21     56.18     53.93
     + GRPO                 31.47     86.90     59.99     37.88     56.75     57.48     55.08
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build covost2/en_de --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/covost2_en_de_2b_grpo.py --policy models/granite-speech-3.3-2b
     jgrpo grpo configs/covost2_en_de_2b_grpo.py

@@ -9,6 +9,9 @@ The paper gives bars and no numbers; `jgrpo eval` prints its row of plain GRPO t
     base                   29.06     86.04     57.25     35.19     54.09     55.03     52.78
     + GRPO                 31.47     86.90     59.99     37.88     56.75     57.48     55.08
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build covost2/en_de --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/covost2_en_de_2b_mp_grpo.py --policy models/granite-speech-3.3-2b
     jgrpo grpo configs/covost2_en_de_2b_mp_grpo.py

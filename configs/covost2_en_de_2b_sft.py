@@ -5,6 +5,9 @@ Expected, in percent [P]:
     base                   29.06     86.04     57.25     35.19     54.09     55.03     52.78
     + SFT                  30.50     86.40     58.53     36.75     55.21     56.18     53.93
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build covost2/en_de --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/covost2_en_de_2b_sft.py --policy models/granite-speech-3.3-2b
     jgrpo sft configs/covost2_en_de_2b_sft.py

@@ -6,6 +6,9 @@ Expected, in percent [P]:
     + SFT                  31.62     86.76     59.66     37.91     56.35     57.35     54.94
     + GRPO                 35.08     87.64     62.90     41.40     59.64     60.40     57.84
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build covost2/en_de --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/covost2_en_de_8b_grpo.py --policy models/granite-speech-3.3-8b
     jgrpo grpo configs/covost2_en_de_8b_grpo.py

@@ -7,6 +7,9 @@ Expected, in percent [P]:
 
 In the paper, SFT makes the 8B model worse on this task.
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build covost2/en_de --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/covost2_en_de_8b_sft.py --policy models/granite-speech-3.3-8b
     jgrpo sft configs/covost2_en_de_8b_sft.py

@@ -6,6 +6,9 @@ Expected, in percent [P]:
     + SFT                  40.88     94.15     65.13     49.07     61.50     64.64     62.56
     + GRPO                 44.90     94.45     68.56     53.35     64.88     68.48     65.77
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build librisqa/part1 --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/librisqa_2b_grpo.py --policy models/granite-speech-3.3-2b
     jgrpo grpo configs/librisqa_2b_grpo.py

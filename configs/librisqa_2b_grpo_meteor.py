@@ -8,6 +8,9 @@ Expected, in percent [P]: more of what is rewarded, less of the rest, of BLEU ab
 METEOR is computed without synonyms unless --metrics.meteor-wordnet names WordNet's directory; which one the paper
 used is not stated.
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build librisqa/part1 --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/librisqa_2b_grpo_meteor.py --policy models/granite-speech-3.3-2b
     jgrpo grpo configs/librisqa_2b_grpo_meteor.py

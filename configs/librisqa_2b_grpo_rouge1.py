@@ -5,6 +5,9 @@ Expected, in percent [P]: more of what is rewarded, less of the rest, of BLEU ab
     reward BLEU            44.90     94.45     68.56     53.35     64.88     68.48     65.77
     reward ROUGE-1         38.81     93.54     68.87     53.45     64.76     60.65     63.35
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build librisqa/part1 --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/librisqa_2b_grpo_rouge1.py --policy models/granite-speech-3.3-2b
     jgrpo grpo configs/librisqa_2b_grpo_rouge1.py

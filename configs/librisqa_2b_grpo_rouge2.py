@@ -5,6 +5,9 @@ Expected, in percent [P]: more of what is rewarded, less of the rest, of BLEU ab
     reward BLEU            44.90     94.45     68.56     53.35     64.88     68.48     65.77
     reward ROUGE-2         37.82     93.52     68.59     54.15     65.27     58.87     63.04
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build librisqa/part1 --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/librisqa_2b_grpo_rouge2.py --policy models/granite-speech-3.3-2b
     jgrpo grpo configs/librisqa_2b_grpo_rouge2.py

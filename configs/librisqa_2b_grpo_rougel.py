@@ -5,6 +5,9 @@ Expected, in percent [P]: more of what is rewarded, less of the rest, of BLEU ab
     reward BLEU            44.90     94.45     68.56     53.35     64.88     68.48     65.77
     reward ROUGE-L         37.95     93.56     68.68     53.84     65.44     59.27     63.12
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build librisqa/part1 --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/librisqa_2b_grpo_rougel.py --policy models/granite-speech-3.3-2b
     jgrpo grpo configs/librisqa_2b_grpo_rougel.py

@@ -9,6 +9,9 @@ The paper gives bars and no numbers; `jgrpo eval` prints its row of plain GRPO t
     base                   27.74     91.17     56.66     40.25     51.26     53.01     53.35
     + GRPO                 44.90     94.45     68.56     53.35     64.88     68.48     65.77
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build librisqa/part1 --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/librisqa_2b_mp_grpo.py --policy models/granite-speech-3.3-2b
     jgrpo grpo configs/librisqa_2b_mp_grpo.py

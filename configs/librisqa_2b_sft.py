@@ -5,6 +5,9 @@ Expected, in percent [P]:
     base                   27.74     91.17     56.66     40.25     51.26     53.01     53.35
     + SFT                  40.88     94.15     65.13     49.07     61.50     64.64     62.56
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build librisqa/part1 --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/librisqa_2b_sft.py --policy models/granite-speech-3.3-2b
     jgrpo sft configs/librisqa_2b_sft.py

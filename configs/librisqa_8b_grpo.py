@@ -8,6 +8,9 @@ Expected, in percent [P]:
 
 ROUGE-2 of the last row stands out against ROUGE-1 and ROUGE-L, and may be a misprint (docs/sources.md).
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build librisqa/part1 --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/librisqa_8b_grpo.py --policy models/granite-speech-3.3-8b
     jgrpo grpo configs/librisqa_8b_grpo.py

@@ -5,6 +5,9 @@ Expected, in percent [P]:
     base                   17.85     90.25     49.58     34.31     43.05     53.19     48.04
     + SFT                  42.34     94.49     67.05     51.54     63.76     65.99     64.20
 
+Data, from the downloads that docs/data.md lists:
+    jgrpo data build librisqa/part1 --manual-dir downloads --out data
+
 Commands, for the base, the training and the trained policy:
     jgrpo eval configs/librisqa_8b_sft.py --policy models/granite-speech-3.3-8b
     jgrpo sft configs/librisqa_8b_sft.py

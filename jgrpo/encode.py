@@ -1,13 +1,11 @@
 """The encoder output of a batch: computed for it, or kept from one pass over the data while the encoder is frozen."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jgrpo.data.pipeline import PromptBatch, PromptData
-from jgrpo.runtime.rows import place
+from jgrpo.runtime.rows import fetch, gather, place
 from jgrpo.steps import Programs
 from model_port.batch import Batch
 from model_port.params import Params
@@ -16,27 +14,27 @@ from model_port.params import Params
 class ClipEncoder:
     """Gives the encoder output [P, C, A, E] of batches.
 
-    What is kept was computed in the order of the manifest, whatever order it is used in, so a run that is killed and
-    goes on sees the same numbers.
+    What is kept was computed in the order of the data, whatever order it is used in, so a run that is killed and goes
+    on sees the same numbers.
     """
 
     def __init__(self, programs: Programs, frozen: Params, mesh: Mesh):
         self._programs = programs
         self._frozen = frozen
         self._mesh = mesh
-        self._kept: dict[Path, list[np.ndarray]] = {}
+        self._kept: dict[PromptData, list[np.ndarray]] = {}
 
     def keep(self, params: Params, data: PromptData) -> None:
         """Encode every clip of `data` now and hold the result in host memory."""
         rows: list[np.ndarray] = []
         for prompts in data.epoch():
             encoded = self(params, data, prompts, place(prompts.batch, self._mesh))
-            rows.extend(np.asarray(row) for row in jax.device_get(encoded)[: prompts.valid])
-        self._kept[data.manifest.path] = rows
+            rows.extend(gather(fetch(encoded), self._mesh)[: len(data) - len(rows)])  # the rest fills the batch
+        self._kept[data] = rows
 
     def __call__(self, params: Params, data: PromptData, prompts: PromptBatch, batch: Batch) -> jax.Array:
         """Return the encoder output of a batch of `data`; `batch` is its arrays on the mesh."""
-        kept = self._kept.get(data.manifest.path)
+        kept = self._kept.get(data)
         if kept is None:
             return self._programs.encode(params, self._frozen, batch)
         frames = batch.features.shape[2]

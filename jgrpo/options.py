@@ -33,23 +33,59 @@ class ModelOptions:
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes, per layer: nothing, all but matrix products, or everything."""
     logprob_chunk: int = 4096
-    """Completion tokens whose logits exist at one time."""
+    """Completion tokens of a device's prompts whose logits exist at one time."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """One data set of a mixture."""
+
+    path: str
+    """JSONL manifest, or PATH:SPLIT of a built data set."""
+    weight: float = 1.0
+    """Share of the examples, as a weight among the mixture's sources."""
+    name: str = ""
+    """In metrics; if empty, the manifest's name or the directory before the split."""
+    prompts: tuple[str, ...] = ()
+    """Templates; without any, the prompts of the manifest or the task of the built data set."""
+    reference: str = ""
+    """Column of the references; if empty, likewise."""
+    reward: tuple[str, ...] = ()
+    """Components of the reward of these examples, for GRPO; without any, those of the run."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight per component; all 1 when left out."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """Where prompts, audio and references come from, and the shapes they are padded to."""
 
-    train: str
-    """JSONL manifest: audio, prompt, reference and further columns; audio paths are relative to it."""
+    train: str | None = None
+    """JSONL manifest, or PATH:SPLIT of a built data set, such as data/librisqa/part1:train or ...:train[:1000]."""
+    mixture: tuple[SourceOptions, ...] = ()
+    """Several data sets to train on, in the place of train."""
     validation: str | None = None
-    """Manifest that the run is evaluated on while it trains."""
+    """What the run is evaluated on while it trains, as for train."""
     test: tuple[str, ...] = ()
-    """Manifests for `jgrpo eval`."""
+    """What `jgrpo eval` is about, as for train."""
+    prompts: tuple[str, ...] = ()
+    """Templates with <|audio|> and {column}, for train, validation and test; none: the data's own prompts or task."""
+    reference: str = ""
+    """Column of the references, likewise; if empty, that of the data's task, or the key reference of a manifest."""
     audio_buckets: tuple[float, ...] = (5.0, 10.0, 20.0, 35.0)
-    """Seconds that clips are padded to: the smallest that holds a batch. A longer clip is an error."""
+    """Seconds that clips are padded to: the smallest that holds a batch. A longer clip does not fit."""
     max_prompt_tokens: int = 256
-    """Text tokens of a prompt, audio not counted; a longer prompt is an error."""
+    """Text tokens of a prompt, audio not counted; a longer prompt does not fit."""
+    unfit: Literal["refuse", "drop"] = "refuse"
+    """Whether training examples that do not fit are an error or are dropped; in evaluation they are an error."""
+    min_seconds: float = 0.0
+    """Training examples with a shorter clip are dropped."""
+    max_seconds: float | None = None
+    """Training examples with a longer clip are dropped."""
+    max_reference_tokens: int | None = None
+    """Training examples with a longer reference, end token included, are dropped."""
+    max_unreadable: int = 10
+    """Training examples that a process may find unreadable and replace by others before the run stops."""
     system: str | None = None
     """System message of all prompts; none by default, whatever the chat template would invent."""
     cache_features: bool = False

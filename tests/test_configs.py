@@ -14,8 +14,11 @@ from flax import nnx
 
 from jgrpo import cli
 from jgrpo.config import GRPOConfig, SFTConfig, load_config
+from jgrpo.data.builders.build import names
+from jgrpo.data.built import parse_split
 from jgrpo.options import GRPOOptions
 from jgrpo.paper import COLUMNS, ROWS, base_row, paper_row
+from jgrpo.recipes import TASKS
 from jgrpo.runtime.optimiser import make_optimiser
 from jgrpo.steps import Targets, TrainState, grpo_objective, make_programs, sft_objective
 from model_port.batch import Batch
@@ -144,6 +147,15 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def task_of(name):
+    """The task of a run, as its file's name says it."""
+    return re.match(r"(librisqa|covost2_en_de)_", name)[1]
+
+
+def test_every_task_can_be_built():
+    assert {task.data for task in TASKS.values()} <= set(names())
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_is_sound(name):
     config = load_config(CONFIGS[name])
@@ -171,7 +183,9 @@ def test_the_header_tells_what_the_paper_has(name):
     assert (prompts, steps) == (config.prompts_per_step, config.num_steps)
     assert (steps - 1) * prompts < examples <= steps * prompts
     assert config.run_dir == f"runs/{name}"
-    assert Path(config.data.train).parent.name in name and Path(config.model.path).name.split("-")[-1] in name
+    assert config.data.train == f"data/{TASKS[task_of(name)].data}:train"
+    assert parse_split(config.data.validation) and all(map(parse_split, config.data.test))
+    assert Path(config.model.path).name.split("-")[-1] in name
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)
@@ -179,12 +193,13 @@ def test_the_commands_of_the_header_work(name, monkeypatch):
     """What it says to type is accepted, and what it says of devices fits the model's arrays."""
     seen = []
     path = CONFIGS[name].relative_to(ROOT)
-    monkeypatch.setattr(cli, "until_stopped", lambda train, config: seen.append(config))
+    monkeypatch.setattr(cli, "train", lambda method, config: seen.append(config))
     monkeypatch.setattr("jgrpo.setup.evaluate_model", lambda config, manifests, *, out: seen.append(config) or {})
     text = header(name)
     lines = [line.strip() for line in text.splitlines()]
     training = next(line for line in lines if line.startswith(("jgrpo sft", "jgrpo grpo")))
-    commands = [line for line in lines if line.startswith("jgrpo ")]
+    build, *commands = [line for line in lines if line.startswith("jgrpo ")]
+    assert build == f"jgrpo data build {TASKS[task_of(name)].data} --manual-dir downloads --out data"
     assert commands == [f"jgrpo eval {path} --policy {load_config(path).model.path}", training, f"jgrpo eval {path}"]
     commands += [f"{training} {line}" for line in lines if line.startswith("--run-dir")]
     joined = " ".join(lines)

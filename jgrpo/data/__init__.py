@@ -1,6 +1,18 @@
-"""Training and evaluation data: manifests of audio, prompts and references, and the batches made of them."""
+"""Training and evaluation data: examples of audio, prompts and references, and the batches made of them."""
 
-from jgrpo.data.manifest import Example, Manifest, read_manifest
+from jgrpo.data.examples import Example, Examples
+from jgrpo.data.manifest import read_manifest
+from jgrpo.data.mixture import Source
 from jgrpo.data.pipeline import PromptBatch, PromptData, PromptStream
+from jgrpo.data.sources import read_examples
 
-__all__ = ["Example", "Manifest", "PromptBatch", "PromptData", "PromptStream", "read_manifest"]
+__all__ = [
+    "Example",
+    "Examples",
+    "PromptBatch",
+    "PromptData",
+    "PromptStream",
+    "Source",
+    "read_examples",
+    "read_manifest",
+]

@@ -1,29 +1,32 @@
-"""Manifest examples to padded batches, in grain worker threads.
+"""Examples to padded batches, in grain worker threads.
 
 The order is fixed before anything is loaded: batch s of a stream is a pure function of (seed, s), on any number of
 processes, so a run resumes from the step number alone. Batches are padded to one of a few shapes, known at the start
-from the audio headers and the tokenized texts; whatever fits none of them is refused then, not during training.
+from the lengths of the clips and the tokenized texts; whatever fits none of them is named then, not during training.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from jgrpo.data.manifest import Manifest, refuse
-from model_port.audio import load_audio
+from jgrpo.data.clips import ClipReader, Features
+from jgrpo.data.examples import Examples, join
+from jgrpo.data.fit import Drop, Limits, bucket_frames, clip_frames, fit
+from jgrpo.data.mixture import Order, Source
+from jgrpo.data.tokens import join_rows
 from model_port.batch import Batch
 from model_port.errors import UserError
-from model_port.features import HOP, MIN_SAMPLES, SAMPLE_RATE, STACK, log_mel, num_frames
 from model_port.processor import Processor
 
 # Few batches ahead: an element here is a whole batch, and grain's default would load 500 of them.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-FRAME_SECONDS = STACK * HOP / SAMPLE_RATE  # 20 ms per stacked frame
-TEXT_STEP = 8  # text tokens; the padding for text is a multiple of it, so that manifests of one task share a shape
+TEXT_STEP = 8  # text tokens; the padding for text is a multiple of it, so that data sets of one task share a shape
+STEPS = 1 << 40  # of a stream, which has no end
+SUBSTITUTES = 3  # the purpose folded into a seed: what stands in for a clip that cannot be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +34,15 @@ class PromptBatch:
     """This process's P prompts of one step.
 
     Attributes:
-        indices: which examples of the manifest the rows are.
-        columns: a list of P values for each column of the manifest; None where a line lacks it.
+        indices: which examples of the data the rows are.
+        columns: a list of P values for each column of the data; None where an example lacks it.
         valid: rows that count; those after them repeat others to fill the last batch of an evaluation.
         reference_tokens: the reference as a completion, end token included, padded with the pad id; None unless
             completion_tokens was given.
         reference_mask: true up to and including the end token.
+        sources: which source of a mixture the rows are of; None where there is no mixture.
+        source_names: of all sources of the mixture.
+        skipped: what could not be read, and what took its place.
     """
 
     batch: Batch
@@ -47,20 +53,27 @@ class PromptBatch:
     valid: int
     reference_tokens: Int[np.ndarray, "P 1 T"] | None = None
     reference_mask: Bool[np.ndarray, "P 1 T"] | None = None
+    sources: Int[np.ndarray, " P"] | None = None
+    source_names: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
 
 class PromptStream:
     """An endless iterator over PromptBatch whose whole state is the number of batches taken."""
 
-    def __init__(self, dataset: grain.MapDataset, start_step: int):
+    def __init__(self, dataset: grain.MapDataset, start_step: int, skipped: list[str]):
+        """Take what is skipped down in a list when a batch is taken, however early it was loaded."""
         self._iterator = iter(dataset.to_iter_dataset(READ_OPTIONS))
+        self._skipped = skipped
         self.set_state({"next_index": start_step})
 
     def __iter__(self) -> "PromptStream":
         return self
 
     def __next__(self) -> PromptBatch:
-        return next(self._iterator)
+        batch = next(self._iterator)
+        self._skipped.extend(batch.skipped)
+        return batch
 
     def state(self) -> dict[str, int]:
         """Return {"next_index": the step whose batch comes next}."""
@@ -72,59 +85,86 @@ class PromptStream:
 
 
 class PromptData:
-    """The examples of a manifest, tokenized, as training streams and evaluation epochs."""
+    """Examples, tokenized, as training streams and evaluation epochs.
+
+    Attributes:
+        examples: those that are used, those of all sources.
+        drops: those that are not, of each source.
+        sources: names of the sources of a mixture; empty where there is none.
+        counts, seconds: examples in use, and their audio, of each source.
+    """
 
     def __init__(
         self,
-        manifest: Manifest,
+        data: Examples | Sequence[Source],
         processor: Processor,
         *,
         prompts_per_step: int,
-        audio_buckets_seconds: tuple[float, ...] = (10.0, 20.0, 40.0),
+        audio_buckets_seconds: Sequence[float] = (10.0, 20.0, 40.0),
         max_prompt_tokens: int = 256,
         completion_tokens: int | None = None,
         system: str | None = None,
         cache: bool = False,
-        process_index: int = 0,
-        process_count: int = 1,
+        max_unreadable: int = 0,
+        rows: Sequence[int] | np.ndarray | None = None,
+        **filters: Any,
     ):
-        """Tokenize all prompts and check that every example fits; no audio is decoded yet.
+        """Tokenize all prompts and settle which examples are used; no audio is decoded yet.
 
         Args:
-            prompts_per_step: P over all processes; each of them takes a contiguous slice.
+            data: the examples, or the sources of a mixture.
+            prompts_per_step: P over all processes.
             audio_buckets_seconds: the clip lengths batches are padded to.
             max_prompt_tokens: limit for a prompt's text, chat template included. Audio embeddings do not count: they
                 alone may exceed the paper's prompt length of 256.
             completion_tokens: T of reference_tokens; None leaves them out.
             system: system message of all prompts.
             cache: keep features in memory (about 32 kB per second of audio) instead of computing them every epoch.
+            max_unreadable: examples that training goes on without when their audio cannot be read.
+            rows: which of the P this process holds, rising; None for all.
+            filters: further fields of jgrpo.data.fit.Limits.
 
         Raises:
-            UserError: examples that do not fit, by line, or rows that do not divide over the processes.
+            UserError: examples that do not fit, by line.
         """
-        if prompts_per_step < 1 or prompts_per_step % process_count:
-            raise UserError(
-                f"prompts_per_step is {prompts_per_step} and there are {process_count} processes; "
-                f"a positive multiple of {process_count} is needed."
-            )
-        self.manifest = manifest
+        if prompts_per_step < 1:
+            raise UserError(f"prompts_per_step is {prompts_per_step}; a positive number is needed.")
+        parts = [Source(data)] if isinstance(data, Examples) else list(data)
         self._processor = processor
         self._global_rows = prompts_per_step
-        local = prompts_per_step // process_count
-        self._rows = slice(process_index * local, (process_index + 1) * local)
-        self._frames = np.array([max(map(num_frames, example.samples)) for example in manifest.examples])
-        self._buckets = _bucket_frames(audio_buckets_seconds)
-        self._refuse_long_audio()
-        self._prompts = processor.encode_prompts([example.prompt for example in manifest.examples], system=system)
-        self._num_clips = max(len(example.audio) for example in manifest.examples)
-        self._text_tokens = self._text_padding(max_prompt_tokens)
+        self._rows = np.arange(prompts_per_step) if rows is None else np.asarray(rows)
+        self._buckets = bucket_frames(audio_buckets_seconds)
+        limits = Limits(self._buckets, max_prompt_tokens, completion_tokens, **filters)
+        fitted = [fit(part.examples, processor, limits, system=system) for part in parts]
+        self.examples = join([one.examples for one in fitted])
+        self.drops: tuple[list[Drop], ...] = tuple(one.drops for one in fitted)
+        self.sources = () if isinstance(data, Examples) else tuple(part.name for part in parts)
+        self.counts = tuple(len(one.examples) for one in fitted)
+        self.seconds = tuple(one.examples.seconds() for one in fitted)
+        self._weights = [part.weight for part in parts]
+        self._source = np.repeat(np.arange(len(parts)), self.counts)
+        self._prompts = join_rows([one.prompts for one in fitted])
         self._completion_tokens = completion_tokens
-        self._references = None if completion_tokens is None else self._encode_references(completion_tokens)
-        self._cache: dict[int, list[np.ndarray]] | None = {} if cache else None
+        self._references = None if completion_tokens is None else join_rows([one.references for one in fitted])
+        self._frames = clip_frames(self.examples.samples)
+        longest = int(self._prompts.lengths(without=processor.audio_id).max())
+        self._text_tokens = min(max_prompt_tokens, -(-longest // TEXT_STEP) * TEXT_STEP)
+        self._num_clips = int((self.examples.samples > 0).sum(axis=1).max())
+        self._clips = ClipReader(self.examples, cache=cache, max_unreadable=max_unreadable)
+        self._skipped: list[str] = []
 
     def __len__(self) -> int:
-        """Examples in the manifest."""
-        return len(self.manifest.examples)
+        """Examples in use."""
+        return len(self.examples)
+
+    @property
+    def name(self) -> str:
+        """What the data was read from."""
+        return self.examples.name
+
+    def source_of(self, index: int) -> str:
+        """Return the name of the source of a mixture that an example is of."""
+        return self.sources[self._source[index]]
 
     def shapes(self) -> list[tuple[int, int]]:
         """Return every (A, L) that a batch can have: one compilation each."""
@@ -133,21 +173,27 @@ class PromptData:
 
     def stream(self, *, seed: int, start_step: int = 0) -> PromptStream:
         """Return the endless training stream: reshuffled every epoch, batches crossing from one into the next."""
-        order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat().batch(self._global_rows)
-        return PromptStream(order.map(lambda rows: self._load(rows, self._global_rows)), start_step)
+        order = Order(self.counts, self._weights, seed=seed)
+        steps = grain.MapDataset.range(STEPS).map(lambda step: self._draw(order, step, (seed, SUBSTITUTES, step)))
+        return PromptStream(steps, start_step, self._skipped)
 
     def further(self, *, seed: int, index: int) -> PromptBatch:
         """Return batch `index` of a stream in an order of its own, for prompts beside those of `stream`."""
-        own = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
-        order = grain.MapDataset.range(len(self)).shuffle(seed=own).repeat().batch(self._global_rows)
-        return self._load(order[index], self._global_rows)
+        order = Order(self.counts, self._weights, seed=seed, further=True)
+        batch = self._draw(order, index, (seed, SUBSTITUTES, index, 1))
+        self._skipped.extend(batch.skipped)
+        return batch
 
     def gather(self, indices: Int[np.ndarray, " N"]) -> PromptBatch:
         """Return these examples as the batch of a step, in the order given: the indices of all processes' rows."""
         return self._load(indices, len(indices))
 
     def epoch(self) -> Iterator[PromptBatch]:
-        """Return all examples once, in order; the last batch repeats some of its rows to keep its shape."""
+        """Return all examples once, in order; the last batch repeats some of its rows to keep its shape.
+
+        Raises:
+            UserError: an example that cannot be read: what is computed over an epoch is about all of them.
+        """
         size = self._global_rows
 
         def load(step: int) -> PromptBatch:
@@ -156,47 +202,90 @@ class PromptData:
 
         return iter(grain.MapDataset.range(-(-len(self) // size)).map(load).to_iter_dataset(READ_OPTIONS))
 
+    def take_skipped(self) -> list[str]:
+        """Return what training had to go on without since the last call: one message per row of a batch."""
+        skipped, self._skipped[:] = list(self._skipped), []
+        return skipped
+
+    def _draw(self, order: Order, step: int, key: tuple[int, ...]) -> PromptBatch:
+        """Make this process's part of a batch in some order, with substitutes for what cannot be read."""
+        size = self._global_rows
+        rows = order(range(step * size, (step + 1) * size))
+        indices, clips, skipped = [], [], []
+        for row in self._rows.tolist():
+            index, found = int(rows[row]), self._clips.attempt(int(rows[row]))
+            if isinstance(found, str):
+                index, features = self._substitute(rows, row, key)
+                asked, taken = self.examples.where(int(rows[row])), self.examples.where(index)
+                skipped.append(f"{asked} cannot be read, and {taken} takes its place: {found}")
+                found = features
+            indices.append(index)
+            clips.append(found)
+        # The shape is that of the examples that were drawn: every process knows those.
+        bucket = self._bucket(self._frames[rows].max())
+        return self._batch(np.array(indices), clips, bucket, valid=len(indices), skipped=tuple(skipped))
+
+    def _substitute(self, rows: Int[np.ndarray, " N"], row: int, key: tuple[int, ...]) -> tuple[int, Features]:
+        """Return another example of the same source that fits into the batch and can be read, with its features.
+
+        It depends on the batch and the row alone: not on the process that holds the row, nor on what was read before.
+        """
+        source, bucket = self._source[rows[row]], self._bucket(self._frames[rows].max())
+        fits = np.flatnonzero((self._source == source) & (self._frames <= bucket))
+        fits = np.random.default_rng([*key, row]).permutation(fits)
+        here = np.isin(fits, rows)
+        for other in [
+            *fits[~here].tolist(),
+            *fits[here].tolist(),
+        ]:  # one that is in the batch only if there is no other
+            if not isinstance(found := self._clips.attempt(other), str):
+                return other, found
+        raise UserError(f"nothing can be read that fits in the place of {self.examples.where(int(rows[row]))}")
+
     def _load(self, rows: Int[np.ndarray, " N"], valid: int) -> PromptBatch:
         """Make this process's part of the batch of examples `rows`; all processes choose the shape of the whole."""
-        bucket = self._bucket(self._frames[rows].max())
         indices = rows[self._rows]
-        examples = [self.manifest.examples[i] for i in indices]
+        clips = [self._read(index) for index in indices.tolist()]
+        own = int((self._rows < valid).sum())
+        return self._batch(indices, clips, self._bucket(self._frames[rows].max()), valid=own)
+
+    def _read(self, index: int) -> Features:
+        try:
+            return self._clips.read(index)
+        except UserError as error:
+            raise UserError(
+                f"{error}\n{self.examples.where(index)} is needed: nothing can take its place here. Restore its audio, "
+                "or remove it from the data."
+            ) from error
+
+    def _batch(
+        self,
+        indices: Int[np.ndarray, " P"],
+        clips: list[Features],
+        bucket: int,
+        *,
+        valid: int,
+        skipped: tuple[str, ...] = (),
+    ) -> PromptBatch:
+        examples, chosen = self.examples, indices.tolist()
         return PromptBatch(
             batch=self._processor.collate(
-                [self._prompts[i] for i in indices],
-                [self._features(i) for i in indices.tolist()],
+                [self._prompts[i].tolist() for i in chosen],
+                clips,
                 audio_frames=bucket,
                 prompt_tokens=self._prompt_tokens(bucket),
                 num_clips=self._num_clips,
             ),
             indices=indices,
-            prompts=[example.prompt for example in examples],
-            references=[example.reference for example in examples],
-            columns={name: [example.columns.get(name) for example in examples] for name in self.manifest.columns},
-            valid=min(max(valid - self._rows.start, 0), len(indices)),
+            prompts=[examples.prompts[i] for i in chosen],
+            references=[examples.references[i] for i in chosen],
+            columns={name: [values[i] for i in chosen] for name, values in examples.columns.items()},
+            valid=valid,
+            sources=self._source[indices] if self.sources else None,
+            source_names=self.sources,
+            skipped=skipped,
             **self._reference_arrays(indices),
         )
-
-    def _features(self, index: int) -> list[Float[np.ndarray, "_ M"]]:
-        """Decode the clips of an example; their lengths must be those that the shapes were planned with."""
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        example = self.manifest.examples[index]
-        clips = []
-        for path, samples in zip(example.audio, example.samples, strict=True):
-            wave = load_audio(path)
-            if len(wave) != samples:
-                raise UserError(
-                    f"{path} had {samples} samples when the run started and has {len(wave)} now; "
-                    "audio files must not change during a run."
-                )
-            try:
-                clips.append(log_mel(wave))
-            except UserError as error:
-                raise UserError(f"{path} (line {example.line} of {self.manifest.path}): {error}") from error
-        if self._cache is not None:
-            self._cache[index] = clips
-        return clips
 
     def _bucket(self, frames: int | np.integer) -> int:
         """The smallest padded clip length that holds `frames` stacked frames."""
@@ -206,71 +295,13 @@ class PromptData:
         """L: embeddings of all clips at the padded length, and the padding for text."""
         return self._num_clips * self._processor.num_slots(bucket) + self._text_tokens
 
-    def _refuse_long_audio(self) -> None:
-        limit = self._buckets[-1]
-        refuse(
-            self.manifest.path,
-            [
-                (
-                    example.line,
-                    f"{path} lasts {samples / SAMPLE_RATE:.2f} s and the longest audio bucket holds "
-                    f"{limit * FRAME_SECONDS:.2f} s; add a longer bucket",
-                )
-                for example in self.manifest.examples
-                for path, samples in zip(example.audio, example.samples, strict=True)
-                if num_frames(samples) > limit
-            ],
-        )
-
-    def _text_padding(self, limit: int) -> int:
-        """Text tokens to pad for: the longest prompt's, rounded up, within the limit that none may exceed."""
-        audio_id = self._processor.audio_id
-        counts = [len(row) - row.count(audio_id) for row in self._prompts]
-        faults = [
-            (example.line, f"the prompt has {count} text tokens; max_prompt_tokens is {limit}")
-            for example, count in zip(self.manifest.examples, counts, strict=True)
-            if count > limit
-        ]
-        refuse(self.manifest.path, faults)
-        return min(limit, -(-max(counts) // TEXT_STEP) * TEXT_STEP)
-
-    def _encode_references(self, limit: int) -> list[list[int]]:
-        examples = self.manifest.examples
-        try:
-            rows = self._processor.encode_references([example.reference for example in examples])
-        except UserError:
-            refuse(self.manifest.path, self._unusable_references())
-            raise
-        faults = [
-            (example.line, f"the reference has {len(row)} tokens with its end token; completions hold {limit}")
-            for example, row in zip(examples, rows, strict=True)
-            if len(row) > limit
-        ]
-        refuse(self.manifest.path, faults)
-        return rows
-
-    def _unusable_references(self) -> Iterator[tuple[int, str]]:
-        for example in self.manifest.examples:
-            try:
-                self._processor.encode_reference(example.reference)
-            except UserError as error:
-                yield example.line, str(error)
-
     def _reference_arrays(self, indices: Int[np.ndarray, " P"]) -> dict[str, np.ndarray]:
         if self._references is None:
             return {}
         shape = (len(indices), 1, self._completion_tokens)
         tokens, mask = np.full(shape, self._processor.pad_id, np.int32), np.zeros(shape, bool)
-        for p, index in enumerate(indices):
+        for p, index in enumerate(indices.tolist()):
             row = self._references[index]
             tokens[p, 0, : len(row)] = row
             mask[p, 0, : len(row)] = True
         return {"reference_tokens": tokens, "reference_mask": mask}
-
-
-def _bucket_frames(seconds: tuple[float, ...]) -> list[int]:
-    """Stacked frames of each bucket; a clip of exactly that many seconds fits."""
-    samples = [round(length * SAMPLE_RATE) for length in seconds]
-    if not samples or samples[0] < MIN_SAMPLES or samples != sorted(set(samples)):
-        raise UserError(f"the audio buckets are {tuple(seconds)} seconds; clip lengths in increasing order are needed.")
-    return [num_frames(count) for count in samples]

@@ -16,7 +16,7 @@ import numpy as np
 from jgrpo.options import MetricOptions
 from jgrpo.rewards.bleu import DEFAULT_OPTIONS
 from jgrpo.rewards.built_in import ON_DEVICE
-from jgrpo.rewards.reward import Examples, Reward, make_reward
+from jgrpo.rewards.reward import Examples, Reward, SourceRewards, make_reward
 from model_port.errors import UserError
 
 
@@ -35,16 +35,16 @@ class RewardPool:
     A program that starts workers must guard what it does by `if __name__ == "__main__":`, as the workers import it.
 
     Attributes:
-        reward: the same reward in this process, for its names, weights and `total`.
+        reward: the same reward in this process, for its names, weights and `total`; of a mixture, SourceRewards.
 
     Args:
-        spec, options, scale: as for make_reward; errors too.
+        spec, options, scale: as for make_reward, errors too; or a spec for each source of a mixture.
         workers: number of processes.
     """
 
     def __init__(
         self,
-        spec: str | Mapping[str, float | int],
+        spec: str | Mapping[str, float | int] | tuple[Mapping[str, float | int], ...],
         workers: int,
         *,
         options: MetricOptions = DEFAULT_OPTIONS,
@@ -52,10 +52,15 @@ class RewardPool:
     ):
         if workers < 0:
             raise UserError(f"reward workers are {workers}: give 0 or more.")
-        self.reward = make_reward(spec, options=options, scale=scale)
-        functions = self.reward.functions
+        if isinstance(spec, tuple):
+            self.reward = SourceRewards(tuple(make_reward(one, options=options, scale=scale) for one in spec))
+            functions = {name: function for part in self.reward.parts for name, function in part.functions.items()}
+        else:
+            self.reward = make_reward(spec, options=options, scale=scale)
+            functions = self.reward.functions
         shared = [name for name in functions if name not in ON_DEVICE] if workers else []
-        self._here = Reward(*_selected(self.reward, [name for name in functions if name not in shared]))
+        here = [name for name in functions if name not in shared]
+        self._here = Reward(dict.fromkeys(here, 1.0), {name: functions[name] for name in here})
         self._workers = workers
         self._processes = None
         if shared:
@@ -64,31 +69,53 @@ class RewardPool:
                 workers,
                 mp_context=context,
                 initializer=_start_worker,
-                initargs=(_selected(self.reward, shared)[0], options, context.Lock()),
+                initargs=(dict.fromkeys(shared, 1.0), options, context.Lock()),
             )
             for _ in range(workers):  # start them all now, while the model is loaded
                 self._processes.submit(int)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
 
     def submit(
-        self, completions: Sequence[str], references: Sequence[str], columns: Mapping[str, Sequence] | None = None
+        self,
+        completions: Sequence[str],
+        references: Sequence[str],
+        columns: Mapping[str, Sequence] | None = None,
+        sources: Sequence[int] | None = None,
     ) -> Future:
         """Start scoring; the future's `result()` is that of Reward.components, and raises as it does.
 
         It also raises a UserError if a worker process died.
-        """
-        return self._thread.submit(self._score, Examples.make(completions, references, columns or {}))
 
-    def _score(self, examples: Examples) -> dict[str, np.ndarray]:
+        Args:
+            sources: of a mixture, which source each example is of: it is scored by that one's components, and has NaN
+                in the others.
+        """
+        examples = Examples.make(completions, references, columns or {})
+        if sources is None:
+            return self._thread.submit(self._score, examples, self.reward.names)
+        return self._thread.submit(self._score_sources, examples, np.asarray(sources))
+
+    def _score_sources(self, examples: Examples, sources: np.ndarray) -> dict[str, np.ndarray]:
+        scores = {name: np.full(len(examples), np.nan) for name in self.reward.names}
+        for source in np.unique(sources).tolist():
+            rows = np.flatnonzero(sources == source)
+            own = self._score(examples.take(rows.tolist()), self.reward.parts[source].names)
+            for name, values in own.items():
+                scores[name][rows] = values
+        return scores
+
+    def _score(self, examples: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
+        here = [name for name in names if name in self._here.functions]
+        shared = [name for name in names if name not in self._here.functions]
         parts = []
         try:
-            if self._processes is not None and len(examples):
+            if shared and len(examples):
                 bounds = np.linspace(0, len(examples), min(self._workers, len(examples)) + 1).astype(int)
                 parts = [
-                    self._processes.submit(_score_in_worker, examples.part(int(start), int(stop)))
+                    self._processes.submit(_score_in_worker, examples.part(int(start), int(stop)), shared)
                     for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
                 ]
-            scores = self._here.score(examples)
+            scores = self._here.score(examples, here)
             done = [part.result() for part in parts]
         except BrokenProcessPool as error:
             raise UserError(
@@ -98,7 +125,7 @@ class RewardPool:
             ) from error
         if done:
             scores |= {name: np.concatenate([part[name] for part in done]) for name in done[0]}
-        return {name: scores.get(name, np.empty(0)) for name in self.reward.names}
+        return {name: scores.get(name, np.empty(0)) for name in names}
 
     def close(self) -> None:
         """Drop what has not been started, wait for what has, and end the workers."""
@@ -111,11 +138,6 @@ class RewardPool:
 
     def __exit__(self, *exception) -> None:
         self.close()
-
-
-def _selected(reward: Reward, names: Sequence[str]) -> tuple[dict, dict]:
-    """Weights and functions of some of the components."""
-    return {name: reward.weights[name] for name in names}, {name: reward.functions[name] for name in names}
 
 
 _reward: Reward | None = None
@@ -138,5 +160,5 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _score_in_worker(examples: Examples) -> dict[str, np.ndarray]:
-    return _reward.score(examples)
+def _score_in_worker(examples: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
+    return _reward.score(examples, names)

@@ -49,13 +49,13 @@ class Examples:
 
     Attributes:
         columns: further columns of the data set, one value per example.
-        first: number of the first example here, where these are a part of more.
+        numbers: of the examples here, where these are some of more.
     """
 
     completions: list[str]
     references: list[str]
     columns: dict[str, Sequence]
-    first: int = 0
+    numbers: Sequence[int]
 
     @classmethod
     def make(cls, completions: Sequence[str], references: Sequence[str], columns: Mapping[str, Sequence]) -> "Examples":
@@ -66,7 +66,7 @@ class Examples:
                     f"rewards got {len(completions)} completions but {len(values)} values in {what!r}: "
                     "give one per completion."
                 )
-        return cls(list(completions), list(references), dict(columns))
+        return cls(list(completions), list(references), dict(columns), range(len(completions)))
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -74,13 +74,24 @@ class Examples:
     def part(self, start: int, stop: int) -> "Examples":
         """Examples start to stop, counted here."""
         columns = {name: values[start:stop] for name, values in self.columns.items()}
-        return Examples(self.completions[start:stop], self.references[start:stop], columns, self.first + start)
+        texts = self.completions[start:stop], self.references[start:stop]
+        return Examples(*texts, columns, self.numbers[start:stop])
+
+    def take(self, indices: Sequence[int]) -> "Examples":
+        """Some of the examples, counted here."""
+
+        def some(values):
+            return [values[i] for i in indices]
+
+        columns = {name: some(values) for name, values in self.columns.items()}
+        return Examples(some(self.completions), some(self.references), columns, some(self.numbers))
 
     def error(self, name: str, problem: str, index: int) -> UserError:
         """What to raise when the component fails at the example of this index here."""
         return UserError(
-            f"reward {name!r} {problem} at example {self.first + index}: completion {_quote(self.completions[index])}, "
-            f"reference {_quote(self.references[index])}. A reward takes (completions, references, **columns) and "
+            f"reward {name!r} {problem} at example {self.numbers[index]}: "
+            f"completion {_quote(self.completions[index])}, reference {_quote(self.references[index])}. "
+            "A reward takes (completions, references, **columns) and "
             "returns one finite number per example."
         )
 
@@ -154,11 +165,12 @@ class Reward:
         """
         return self.score(Examples.make(completions, references, columns))
 
-    def score(self, examples: Examples) -> dict[str, np.ndarray]:
-        """As `components`, on examples that have been checked."""
+    def score(self, examples: Examples, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """As `components`, on examples that have been checked; of these components only, where they are given."""
+        names = self.names if names is None else names
         if not len(examples):
-            return {name: np.empty(0) for name in self.names}
-        return {name: _score(name, function, examples) for name, function in self.functions.items()}
+            return {name: np.empty(0) for name in names}
+        return {name: _score(name, self.functions[name], examples) for name in names}
 
     def total(self, components: Mapping[str, np.ndarray]) -> np.ndarray:
         """The weighted sum of the components, float64, of their shape: [P, G], or any shape where scale is "none".
@@ -173,6 +185,35 @@ class Reward:
     def __call__(self, completions: Sequence[str], references: Sequence[str], **columns: Sequence) -> np.ndarray:
         """The reward of every example, float64 [N]; arguments and errors as for `components`. Needs scale "none"."""
         return self.total(self.components(completions, references, **columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRewards:
+    """The rewards of a mixture's sources, each of which scores the examples of its own.
+
+    Attributes:
+        parts: the reward of each source.
+    """
+
+    parts: tuple[Reward, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The components of all of them."""
+        return tuple(dict.fromkeys(name for reward in self.parts for name in reward.names))
+
+    def total(self, components: Mapping[str, np.ndarray], sources: np.ndarray) -> np.ndarray:
+        """As Reward.total, each prompt's by the reward of its source; what other sources' components hold is not read.
+
+        Args:
+            sources: of each prompt, or of whatever the first axis of the components is.
+        """
+        shape = next(iter(components.values())).shape
+        total = np.empty(shape)
+        for source in np.unique(sources).tolist():
+            reward, rows = self.parts[source], sources == source
+            total[rows] = reward.total({name: components[name][rows] for name in reward.names})
+        return total
 
 
 def _within_groups(name: str, values: np.ndarray) -> np.ndarray:

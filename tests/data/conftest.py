@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from jgrpo.data.builders import build
 from model_port.processor import Processor
+from tests.data.corpora import make_covost2, make_librisqa
 from tests.model_port.toy_tokenizer import make_model_dir
 
 SECONDS = (0.3, 0.4, 0.5, 0.6, 0.7, 1.3, 1.9)
@@ -38,3 +40,14 @@ def rows():
         {"audio": f"{k}.wav", "prompt": "<|audio|> translate.", "reference": "x" * (k + 1), "topic": f"topic {k}"}
         for k in range(len(SECONDS))
     ]
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """Tiny data sets as `jgrpo data build` makes them: librisqa/part1, the same with features, covost2/en_de."""
+    root = tmp_path_factory.mktemp("corpora")
+    librisqa, covost2 = make_librisqa(root / "librisqa", archives=False), make_covost2(root / "covost2", archives=False)
+    build("librisqa/part1", manual_dir=librisqa, out=root / "data", workers=0)
+    build("librisqa/part1", manual_dir=librisqa, out=root / "data", workers=0, features=True)
+    build("covost2/en_de", manual_dir=covost2, out=root / "data", workers=0)
+    return root / "data"

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,20 +13,20 @@ GOOD = {"audio": "0.wav", "prompt": "<|audio|> translate.", "reference": "Grüß
 
 def test_examples_in_order_with_lengths_and_columns(write_manifest):
     two = {"audio": ["1.wav", "2.wav"], "prompt": "<|audio|> or <|audio|>?", "reference": "b", "topic": "x", "n": 3}
-    manifest = read_manifest(write_manifest([GOOD, "", two]))
-    first, second = manifest.examples
-    assert (first.line, second.line) == (1, 3)
-    assert (first.reference, first.columns) == ("Grüße", {})
-    assert [path.name for path in second.audio] == ["1.wav", "2.wav"]
+    examples = read_manifest(write_manifest([GOOD, "", two]))
+    first, second = examples
+    assert (first.row, second.row) == (1, 3)
+    assert (first.reference, first.columns) == ("Grüße", {"topic": None, "n": None})
+    assert [Path(path).name for path in second.audio] == ["1.wav", "2.wav"]
     assert (first.samples, second.samples) == ((4800,), (6400, 8000))
     assert second.columns == {"topic": "x", "n": 3}
-    assert manifest.columns == ("topic", "n")
+    assert tuple(examples.columns) == ("topic", "n")
 
 
 def test_absolute_paths_and_a_byte_order_mark(write_manifest, tmp_path):
     soundfile.write(tmp_path / "deep.wav", np.zeros(4800, np.float32), 16000)
     manifest = write_manifest(["\ufeff" + json.dumps({**GOOD, "audio": str(tmp_path / "deep.wav")})])
-    assert read_manifest(manifest).examples[0].audio == (tmp_path / "deep.wav",)
+    assert read_manifest(manifest)[0].audio == (str(tmp_path / "deep.wav"),)
 
 
 @pytest.mark.parametrize(
