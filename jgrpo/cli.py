@@ -1,4 +1,4 @@
-"""The command line: jgrpo demo | sft | grpo | eval | generate.
+"""The command line: jgrpo demo | sft | grpo | eval | plan | data | generate.
 
 A mistake of the user's ends in one message on standard error and exit status 2, a SIGTERM in a saved run and 143.
 """
@@ -23,6 +23,8 @@ usage: jgrpo COMMAND ...
   jgrpo grpo CONFIG.py [OPTIONS]    Group Relative Policy Optimization
   jgrpo sft CONFIG.py [OPTIONS]     supervised fine-tuning on the references
   jgrpo eval CONFIG.py [OPTIONS]    the metrics of a run's policy or its base, beside the paper's
+  jgrpo plan CONFIG.py --topology v5e:8x8 [OPTIONS]    does the run fit that TPU slice, and what will a step take
+  jgrpo data build | inspect | manifest                make and look into training data
   jgrpo generate MODEL --audio FILE --prompt TEXT
 
 Every field of a config is an option: jgrpo grpo configs/demo_grpo.py --num-steps 20 --mesh.data 2
@@ -91,7 +93,7 @@ def run_grpo(arguments: list[str]) -> None:
 
     config, rest = read_config("grpo", arguments, GRPOConfig, "Train by Group Relative Policy Optimization.")
     config = override(config, rest, prog=f"jgrpo grpo {arguments[0]}")
-    until_stopped(train_grpo, config)
+    train(train_grpo, config)
 
 
 def run_sft(arguments: list[str]) -> None:
@@ -101,15 +103,17 @@ def run_sft(arguments: list[str]) -> None:
 
     config, rest = read_config("sft", arguments, SFTConfig, "Train on the references.")
     config = override(config, rest, prog=f"jgrpo sft {arguments[0]}")
-    until_stopped(train_sft, config)
+    train(train_sft, config)
 
 
-def until_stopped(train: Callable, config) -> None:
+def train(method: Callable, config) -> None:
     """Train; leave with the status that a shell gives to SIGTERM if that came."""
+    from jgrpo.runtime.distributed import joined
     from jgrpo.runtime.stop import Stopped
 
     try:
-        train(config)
+        with joined(config.distributed):
+            method(config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
@@ -120,6 +124,7 @@ def run_eval(arguments: list[str]) -> None:
     from jgrpo.config import RunConfig, with_model
     from jgrpo.paper import base_row
     from jgrpo.report import evaluation_table
+    from jgrpo.runtime.distributed import joined
     from jgrpo.setup import evaluate_model
 
     summary = (
@@ -146,7 +151,9 @@ def run_eval(arguments: list[str]) -> None:
     is_base = Path(config.model.path).resolve() == Path(base).resolve()
     paper = base_row(config.paper) if config.paper and is_base else config.paper
     out = Path(config.run_dir) / "eval" / result_name(Path(config.model.path), trained)
-    for name, result in evaluate_model(config, manifests, out=out).items():
+    with joined(config.distributed):
+        results = evaluate_model(config, manifests, out=out)
+    for name, result in results.items():
         print(f"\n{evaluation_table(name, result, paper=paper)}")
     print(f"predictions and results.json are in {out}")
 
@@ -228,10 +235,18 @@ def run_demo(arguments: list[str]) -> None:
     demo(Path(options.run_dir), seed=options.seed)
 
 
+def run_data(arguments: list[str]) -> None:
+    """Build data sets and look into them."""
+    from jgrpo.data_commands import run_data
+
+    run_data(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": run_demo,
     "grpo": run_grpo,
     "sft": run_sft,
     "eval": run_eval,
+    "data": run_data,
     "generate": run_generate,
 }

@@ -12,7 +12,7 @@ import re
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jgrpo.checks import check_least, check_types
 from jgrpo.options import (
@@ -43,6 +43,8 @@ LEAST = {
     "model.lora_rank": 1,
     "model.logprob_chunk": 1,
     "data.max_prompt_tokens": 1,
+    "data.min_seconds": 0,
+    "data.max_unreadable": 0,
     "eval.every": 0,
     "eval.batch_size": 1,
     "eval.beams": 0,
@@ -94,6 +96,8 @@ class RunConfig:
     metrics: MetricOptions = field(default_factory=MetricOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     distributed: DistributedOptions = field(default_factory=DistributedOptions)
+    rollout_weights: Literal["auto", "gathered", "stationary"] = "auto"
+    """What fsdp splits of the weights is gathered once per rollout, or stays where it is, and activations travel."""
     completions_every: int = 10
     """Steps between files of sampled completions; 0 writes none."""
     max_skipped_updates: int = 10
@@ -133,16 +137,43 @@ class RunConfig:
             raise UserError(
                 "eval.every is set but data.validation is not: name a validation manifest or set every to 0"
             )
+        self._check_data()
         if not self.data.audio_buckets or list(self.data.audio_buckets) != sorted(set(self.data.audio_buckets)):
             raise UserError(f"data.audio_buckets must be rising seconds, got {self.data.audio_buckets}")
         unknown = sorted(set(self.model.lora_targets) - set(LORA_TARGETS))
         if unknown:
             raise UserError(f"model.lora_targets names {', '.join(unknown)}; allowed are {', '.join(LORA_TARGETS)}")
 
+    def _check_data(self) -> None:
+        data = self.data
+        if bool(data.train) == bool(data.mixture):
+            given = "both are set" if data.train else "neither is set"
+            raise UserError(f"data.train names one data set, data.mixture several, and {given}; set one of them")
+        if data.max_seconds is not None and data.max_seconds <= data.min_seconds:
+            raise UserError(f"data.max_seconds {data.max_seconds} must be above data.min_seconds {data.min_seconds}")
+        if data.max_reference_tokens is not None and data.max_reference_tokens < 1:
+            raise UserError(f"data.max_reference_tokens must be at least 1, got {data.max_reference_tokens}")
+        for k, source in enumerate(data.mixture):
+            check_types(source, f"data.mixture.{k}.")
+            if not 0 < source.weight < float("inf"):
+                raise UserError(f"data.mixture.{k}.weight is {source.weight}; a positive number is needed")
+            if source.reward_weights and len(source.reward_weights) != len(source.reward):
+                raise UserError(
+                    f"data.mixture.{k}.reward names {len(source.reward)} components and reward_weights gives "
+                    f"{len(source.reward_weights)}"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(RunConfig):
     """Supervised fine-tuning on the references: the paper's baseline."""
+
+    def validate(self) -> None:
+        """See RunConfig.validate."""
+        super().validate()
+        for k, source in enumerate(self.data.mixture):
+            if source.reward:
+                raise UserError(f"data.mixture.{k}.reward is set and supervised training has no reward; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,10 +274,16 @@ class GRPOConfig(RunConfig):
         """Return the optimiser's updates in the whole run."""
         return self.num_steps * self.grpo.num_iterations * self.grpo.num_minibatches
 
-    def reward_spec(self) -> dict[str, float]:
-        """Return {component: weight}."""
-        weights = self.grpo.reward_weights or (1.0,) * len(self.grpo.reward)
-        return dict(zip(self.grpo.reward, weights, strict=True))
+    def reward_spec(self) -> dict[str, float] | tuple[dict[str, float], ...]:
+        """Return {component: weight}; of a mixture, one for each source."""
+        own = _weights(self.grpo.reward, self.grpo.reward_weights)
+        sources = self.data.mixture
+        specs = tuple(_weights(one.reward, one.reward_weights) if one.reward else own for one in sources)
+        return specs or own
+
+
+def _weights(components: tuple[str, ...], weights: tuple[float, ...]) -> dict[str, float]:
+    return dict(zip(components, weights or (1.0,) * len(components), strict=True))
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -306,12 +343,14 @@ FREE_TO_CHANGE = (
     "eval",
     "checkpoint",
     "distributed",
+    "rollout_weights",
     "completions_every",
     "max_skipped_updates",
     "paper",
     "data.validation",
     "data.test",
     "data.cache_features",
+    "data.max_unreadable",
     "grpo.rollout_chunks",
     "grpo.reward_workers",
 )

@@ -60,7 +60,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one policy on one manifest.
+    """Scores of one policy on one data set.
 
     Attributes:
         sampled: of each sampled pass, in the order of the seeds.
@@ -156,16 +156,16 @@ def evaluate(
 ) -> Evaluation:
     """Decode every example of `data` in every pass and score the passes as corpora."""
     start = time.perf_counter()
-    rows = []
+    rows, weights = [], programs.layout(params, frozen)
     for prompts in data.epoch():
         batch = place(prompts.batch, mesh)
-        arrays = (params, frozen, batch, encode(params, data, prompts, batch))
+        arrays = (*weights, batch, encode(params, data, prompts, batch))
         found = _decode(programs, arrays, prompts.indices, mesh=mesh, config=config, passes=passes)
-        texts = {name: processor.decode(gather(fetch(out))) for name, out in found.items()}
-        indices = gather(prompts.indices)[: len(data) - len(rows)]  # what comes after them fills the batch
+        texts = {name: processor.decode(gather(fetch(out), mesh)) for name, out in found.items()}
+        indices = gather(prompts.indices, mesh)[: len(data) - len(rows)]  # what comes after them fills the batch
         rows.extend(_predictions(data, indices, texts))
     references = [row["reference"] for row in rows]
-    columns = {name: [row["columns"][name] for row in rows] for name in data.manifest.columns}
+    columns = {name: [row["columns"][name] for row in rows] for name in data.examples.columns}
 
     def scores(texts: list[str]) -> Scores:
         return corpus_scores(config.eval.metrics, texts, references, config.metrics, columns=columns)
@@ -186,7 +186,7 @@ def _decode(
     """Return the completions of a batch, by the way they are decoded.
 
     Args:
-        arrays: params, frozen, batch and encoder output.
+        arrays: params and frozen as laid out for it, batch and encoder output.
         indices: of the examples.
     """
     num_tokens, found = config.max_completion_tokens, {}
@@ -207,14 +207,14 @@ def _predictions(
 ) -> Iterator[dict[str, Any]]:
     """Give the rows of a predictions file for these examples."""
     for i, index in enumerate(indices.tolist()):
-        example = data.manifest.examples[index]
+        example = data.examples[index]
         yield {
             "index": index,
             "prompt": example.prompt,
             "reference": example.reference,
             "sampled": texts["sampled"][i] if "sampled" in texts else [],
             **{name: texts[name][i][0] if name in texts else None for name in ("greedy", "beam")},
-            "columns": {name: example.columns.get(name) for name in data.manifest.columns},
+            "columns": example.columns,
         }
 
 

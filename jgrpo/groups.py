@@ -5,28 +5,33 @@ not depend on their number: every row has a key of its own.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from jgrpo.config import GRPOConfig
 from jgrpo.core.advantages import zero_variance
 from jgrpo.data.pipeline import PromptBatch
 from jgrpo.rewards import RewardPool
 from jgrpo.rollout import (
+    completion_rows,
+    ended,
     fill_groups,
     flat_examples,
     mixed_metrics,
     rollout_metrics,
     score_groups,
+    source_metrics,
     step_keys,
     with_references,
 )
-from jgrpo.runtime.rows import fetch, gather, place
+from jgrpo.runtime.rows import fetch, gather, own_rows, place
 from jgrpo.setup import Run
 from jgrpo.steps import truncation
 from model_port.batch import Batch, Completions
@@ -34,10 +39,21 @@ from model_port.batch import Batch, Completions
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards [P, G] and every component of them [P, G]."""
+    """What is known of the groups of all P prompts of a step, those of other processes too.
+
+    Attributes:
+        rewards: of each completion.
+        components: of the rewards, [P, G] each.
+        lengths: of the completions in tokens.
+        ended: whether each completion ended by itself.
+        sources: of the prompts, in a mixture.
+    """
 
     rewards: Float[np.ndarray, "P G"]
     components: dict[str, np.ndarray]
+    lengths: Int[np.ndarray, "P G"]
+    ended: Bool[np.ndarray, "P G"]
+    sources: Int[np.ndarray, " P"] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,19 +61,19 @@ class Groups:
     """This process's prompts of a step with their completions.
 
     Attributes:
+        rows: which of the step's prompts these are.
         batch: of the prompts, on the mesh.
         encoded: encoder output of the clips, on the mesh.
         completions: on the host; in a mixed-policy run the last of a group is the reference.
-        texts: the completions as text.
-        scores: waits for the rewards and returns them.
+        scores: waits for the rewards of all processes and returns them.
         metrics: of dynamic sampling.
     """
 
+    rows: Int[np.ndarray, " N"]
     prompts: PromptBatch
     batch: Batch
     encoded: jax.Array
     completions: Completions
-    texts: list[list[str]]
     scores: Callable[[], Scores]
     metrics: dict[str, int] = field(default_factory=dict)
 
@@ -85,18 +101,19 @@ class GroupSampler:
         with run.timer("rollout"):
             # All chunks wait in the device's queue before the first is fetched.
             outs = self._start(batch, encoded, round)
-        hosts, texts, jobs = [], [[]] * len(prompts.prompts), []
+        hosts, jobs = [], []
         for part, out in enumerate(outs):
             rows = slice(part, None, len(outs))
             with run.timer("rollout"):
                 host = fetch(out)
             with run.timer("reward"):
                 host = with_references(host, prompts, rows) if grpo.mixed_policy else host
-                texts[rows] = run.policy.processor.decode(host)
-                jobs.append(self._pool.submit(*flat_examples(texts[rows], prompts, rows)))
+                texts = run.policy.processor.decode(host)
+                jobs.append(self._pool.submit(*flat_examples(texts, prompts, rows)))
             hosts.append(host)
         completions = jax.tree.map(_interleave, *hosts)
-        return Groups(prompts, batch, encoded, completions, texts, lambda: self._scores(jobs, completions))
+        scores = functools.partial(self._scores, jobs, completions, prompts.sources)
+        return Groups(self._own_rows(), prompts, batch, encoded, completions, scores)
 
     def _encode(self, prompts: PromptBatch) -> tuple[Batch, jax.Array]:
         run = self._run
@@ -111,28 +128,30 @@ class GroupSampler:
         shape = {"num_prompts": config.prompts_per_step, "num_samples": sampled}
         return step_keys(config.seed, self._run.step, round=round, **shape)[self._own_rows()]
 
-    def _own_rows(self) -> slice:
-        rows = self._config.prompts_per_step // jax.process_count()
-        return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    def _own_rows(self) -> Int[np.ndarray, " P"]:
+        return own_rows(self._run.policy.mesh, self._config.prompts_per_step)
 
     def _start(self, batch: Batch, encoded: jax.Array, round: int) -> list[Completions]:
         """Start sampling, chunk by chunk; chunk k holds the rows k, k + chunks, ..."""
         run, parts = self._run, self._config.grpo.rollout_chunks
         outs, arrays = [], (batch, encoded)
+        weights = run.programs.layout(run.state.params, run.policy.frozen)
         for part in range(parts):
             chunk = arrays if parts == 1 else run.programs.share(arrays, part, parts=parts)
             keys = place(self._keys(round)[part::parts], run.policy.mesh)
-            outs.append(run.programs.rollout(run.state.params, run.policy.frozen, *chunk, keys, **self._sampling))
+            outs.append(run.programs.rollout(*weights, *chunk, keys, **self._sampling))
         return outs
 
-    def _scores(self, jobs: list[Future], completions: Completions) -> Scores:
-        """Wait for the components of all chunks and make rewards of them."""
+    def _scores(self, jobs: list[Future], completions: Completions, sources: np.ndarray | None) -> Scores:
+        """Wait for the components of all chunks, make rewards of them, and share them with all processes."""
         lengths = completions.mask.sum(-1)
         parts = [job.result() for job in jobs]
         shape = (-1, lengths.shape[1])
         components = {name: _interleave(*(part[name].reshape(shape) for part in parts)) for name in parts[0]}
-        limit = self._config.max_completion_tokens
-        return Scores(*score_groups(self._pool.reward, components, lengths, self._config.grpo, limit=limit))
+        settings = {"limit": self._config.max_completion_tokens, "sources": sources}
+        scored = score_groups(self._pool.reward, components, lengths, self._config.grpo, **settings)
+        eos = ended(completions, self._run.policy.processor.eos_ids)
+        return Scores(*gather((*scored, lengths, eos, sources), self._run.policy.mesh))
 
     def _replace(self, groups: Groups) -> Groups:
         """Put groups of further prompts in place of those whose rewards are all equal, as far as some are found.
@@ -152,37 +171,44 @@ class GroupSampler:
             return dataclasses.replace(groups, metrics=metrics)
         with run.timer("data"):
             prompts = run.data.gather(table.pop("indices"))
-        own = {name: values[self._own_rows()] for name, values in table.items()}
-        completions = Completions(**{name: own.pop(name) for name in ("tokens", "mask", "logp")})
-        scores = Scores(own.pop("rewards"), own)
-        texts = run.policy.processor.decode(completions)
-        return Groups(prompts, *self._encode(prompts), completions, texts, lambda: scores, metrics)
+        rows, out = self._own_rows(), table.pop("completions")
+        completions = jax.tree.map(lambda values: values[rows], out)
+        scores = Scores(**table)
+        return Groups(rows, prompts, *self._encode(prompts), completions, lambda: scores, metrics)
 
-    def _table(self, groups: Groups) -> dict[str, np.ndarray]:
+    def _table(self, groups: Groups) -> dict[str, Any]:
         """Wait for the rewards and return all that is known of the groups of all processes, prompts first."""
         with self._run.timer("reward_wait"):
             scores = groups.scores()
-        out = groups.completions
-        arrays = {"tokens": out.tokens, "mask": out.mask, "logp": out.logp, "rewards": scores.rewards}
-        arrays = {**scores.components, **arrays, "indices": groups.prompts.indices}
-        return gather(arrays)
+        arrays = {"completions": groups.completions, "indices": groups.prompts.indices}
+        return {**vars(scores), **gather(arrays, self._run.policy.mesh)}
 
 
-def step_metrics(
-    groups: Groups, scores: Scores, values: np.ndarray, eos: np.ndarray, *, mixed: bool
-) -> dict[str, float]:
+def step_metrics(groups: Groups, scores: Scores, values: np.ndarray, *, mixed: bool) -> dict[str, float]:
     """Return the metrics of a rollout: those of the sampled completions, and with `mixed` those of the references.
 
     Args:
         values: the advantages [P, G].
-        eos: whether each completion ended by itself [P, G].
     """
     sampled = np.s_[:, :-1] if mixed else np.s_[:]
-    components = {name: value[sampled] for name, value in scores.components.items()}
-    metrics = rollout_metrics(scores.rewards[sampled], components, groups.completions.mask[sampled], eos[sampled])
+    rewards, components, lengths, eos = jax.tree.map(
+        lambda values: values[sampled], (scores.rewards, scores.components, scores.lengths, scores.ended)
+    )
+    metrics = rollout_metrics(rewards, components, lengths, eos)
+    metrics |= source_metrics(scores.sources, groups.prompts.source_names, rewards)
     if mixed:
         metrics |= mixed_metrics(scores.rewards, values)
     return metrics | groups.metrics
+
+
+def write_completions(run: Run, groups: Groups, scores: Scores, values: np.ndarray) -> None:
+    """Write down what the step sampled for all prompts, with its rewards and the advantages `values` [P, G]."""
+    own = {"completions": groups.completions, "indices": groups.prompts.indices}
+    whole = gather(own, run.policy.mesh)
+    texts = run.policy.processor.decode(whole["completions"])
+    run.metrics.write_completions(
+        run.step + 1, completion_rows(run.data, whole["indices"], texts, scores.rewards, values)
+    )
 
 
 def _interleave(*parts: np.ndarray) -> np.ndarray:

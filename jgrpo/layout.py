@@ -53,7 +53,12 @@ def rollout_dtype(name: str, stored: Any, computed: Any) -> Any:
 
 
 def choose_weights(
-    option: str, shapes: Mapping[str, jax.ShapeDtypeStruct], definition: ModelDef, mesh: Mesh, *, memory: int | None
+    option: str,
+    shapes: Mapping[str, jax.ShapeDtypeStruct | jax.Array],
+    definition: ModelDef,
+    mesh: Mesh,
+    *,
+    memory: int | None,
 ) -> tuple[str, str]:
     """Return how weights lie in the rollout, gathered or stationary, and a line that says why.
 
@@ -64,7 +69,7 @@ def choose_weights(
     """
     dtype = jnp.dtype(definition.skeleton().dtype)
 
-    def on_a_device(layout: str, chosen: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    def on_a_device(layout: str, chosen: Mapping[str, Any]) -> int:
         shardings = _shardings(definition, mesh, layout)
         return sum(_bytes(leaf, shardings[name]) for name, leaf in chosen.items())
 
@@ -92,5 +97,5 @@ def _shardings(definition: ModelDef, mesh: Mesh, weights: str) -> dict[str, Name
     return param_shardings(nnx.state(model), mesh, ROLLOUT[weights])
 
 
-def _bytes(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
+def _bytes(leaf: jax.ShapeDtypeStruct | jax.Array, sharding: NamedSharding) -> int:
     return math.prod(sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize

@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jgrpo.core.advantages import group_advantages, zero_variance
 from jgrpo.core.shaping import overlong_penalty
-from jgrpo.data.pipeline import PromptBatch
+from jgrpo.data.pipeline import PromptBatch, PromptData
 from jgrpo.options import GRPOOptions
 from jgrpo.rewards import Reward
+from jgrpo.rewards.reward import SourceRewards
 from model_port.batch import Completions
 from model_port.sampling import row_keys
 
@@ -49,18 +50,25 @@ def reference_rows(shape: tuple[int, int]) -> Bool[np.ndarray, "P G"]:
 
 def flat_examples(
     texts: Sequence[Sequence[str]], prompts: PromptBatch, rows: slice
-) -> tuple[list[str], list[str], dict[str, list[Any]]]:
-    """Return completions, references and columns, one value per completion of these prompts' groups."""
+) -> tuple[list[str], list[str], dict[str, list[Any]], list[int] | None]:
+    """Return completions, references, columns and sources, one value per completion of these prompts' groups."""
 
     def repeat(values):
         return [value for value, group in zip(values[rows], texts, strict=True) for _ in group]
 
     columns = {name: repeat(values) for name, values in prompts.columns.items()}
-    return [text for group in texts for text in group], repeat(prompts.references), columns
+    sources = None if prompts.sources is None else repeat(prompts.sources.tolist())
+    return [text for group in texts for text in group], repeat(prompts.references), columns, sources
 
 
 def score_groups(
-    reward: Reward, components: dict[str, np.ndarray], lengths: np.ndarray, options: GRPOOptions, *, limit: int
+    reward: Reward | SourceRewards,
+    components: dict[str, np.ndarray],
+    lengths: np.ndarray,
+    options: GRPOOptions,
+    *,
+    limit: int,
+    sources: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return rewards [P, G] and every component [P, G], a penalty for overlong completions among them if asked for.
 
@@ -68,8 +76,9 @@ def score_groups(
         components: of `reward`, [P, G].
         lengths: of the completions in tokens, [P, G].
         limit: the greatest length.
+        sources: of the prompts [P], in a mixture.
     """
-    total = reward.total(components)
+    total = reward.total(components) if sources is None else reward.total(components, sources)
     if options.overlong_buffer == 0:
         return total, components
     buffer, penalty = options.overlong_buffer, options.overlong_penalty
@@ -96,13 +105,13 @@ def learnt_tokens(
     return mask
 
 
-def fill_groups(groups: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+def fill_groups(groups: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Replace groups whose rewards are all equal by found ones whose rewards are not; return them and how many.
 
     No example comes in that is among `groups` already. Groups that cannot be replaced stay.
 
     Args:
-        groups, found: arrays whose first axis is prompts, "indices" and "rewards" among them.
+        groups, found: trees of arrays whose first axis is prompts, "indices" and "rewards" among them.
     """
     lacking = np.flatnonzero(zero_variance(groups["rewards"]))
     held, rows = set(groups["indices"].tolist()), []
@@ -111,33 +120,46 @@ def fill_groups(groups: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> 
         if index not in held and len(rows) < len(lacking):
             held.add(index)
             rows.append(row)
-    filled = {name: values.copy() for name, values in groups.items()}
-    for name, values in filled.items():
-        values[lacking[: len(rows)]] = found[name][rows]
-    return filled, len(rows)
+
+    def fill(old, new):
+        filled = old.copy()
+        filled[lacking[: len(rows)]] = new[rows]
+        return filled
+
+    return jax.tree.map(fill, groups, found), len(rows)
 
 
 def rollout_metrics(
-    rewards: np.ndarray, components: dict[str, np.ndarray], mask: np.ndarray, eos: np.ndarray
+    rewards: np.ndarray, components: dict[str, np.ndarray], lengths: np.ndarray, eos: np.ndarray
 ) -> dict[str, Any]:
     """Return the metrics of sampled completions, named as TRL's users know them.
 
+    The mean of a component is over the completions that have it: NaN are those of another source of a mixture.
+
     Args:
-        mask: of the completions [P, G, T].
+        lengths: of the completions in tokens [P, G].
         eos: whether each completion ended by itself [P, G].
     """
-    lengths = mask.sum(-1)
+    known = [(name, value, ~np.isnan(value)) for name, value in components.items()]
     return {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std(axis=1, ddof=1).mean()) if rewards.shape[1] > 1 else 0.0,
         "frac_reward_zero_std": float(zero_variance(rewards).mean()),
-        **{f"rewards/{name}/mean": float(value.mean()) for name, value in components.items()},
+        **{f"rewards/{name}/mean": float(value[there].mean()) for name, value, there in known if there.any()},
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": int(lengths.min()),
         "completions/max_length": int(lengths.max()),
         "completions/clipped_ratio": float(1.0 - eos.mean()),
         "num_tokens": int(lengths.sum()),
     }
+
+
+def source_metrics(
+    sources: Int[np.ndarray, " P"] | None, names: Sequence[str], rewards: Float[np.ndarray, "P G"]
+) -> dict[str, float]:
+    """Return the mean reward of each source of a mixture that has prompts in the step."""
+    present = [] if sources is None else np.unique(sources).tolist()
+    return {f"reward/{names[source]}": float(rewards[sources == source].mean()) for source in present}
 
 
 def mixed_metrics(rewards: np.ndarray, values: np.ndarray) -> dict[str, float]:
@@ -154,16 +176,19 @@ def ended(out: Completions, eos_ids: Sequence[int]) -> np.ndarray:
     return (np.isin(out.tokens, np.asarray(eos_ids)) & out.mask).any(-1)
 
 
-def completion_rows(prompts: PromptBatch, texts, rewards, values) -> list[dict[str, Any]]:
-    """Return one row per prompt for the completions file."""
+def completion_rows(
+    data: PromptData, indices: Int[np.ndarray, " P"], texts: Sequence[Sequence[str]], rewards, values
+) -> list[dict[str, Any]]:
+    """Return one row per prompt for the completions file; `rewards` and `values`, the advantages, are [P, G]."""
     return [
         {
-            "index": int(prompts.indices[p]),
-            "prompt": prompts.prompts[p],
-            "reference": prompts.references[p],
+            "index": index,
+            **({"source": data.source_of(index)} if data.sources else {}),
+            "prompt": data.examples.prompts[index],
+            "reference": data.examples.references[index],
             "completions": list(texts[p]),
             "rewards": rewards[p].tolist(),
             "advantages": values[p].tolist(),
         }
-        for p in range(len(texts))
+        for p, index in enumerate(indices.tolist())
     ]

@@ -10,18 +10,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jgrpo.config import ModelOptions, RunConfig, check_same_run, save_config
-from jgrpo.data.manifest import read_manifest
+from jgrpo.data.fit import write_drops
 from jgrpo.data.pipeline import PromptData
+from jgrpo.data.run import describe, evaluation_data, training_data
 from jgrpo.encode import ClipEncoder
 from jgrpo.evaluate import Evaluation, Passes, check_metrics, evaluate, write_predictions
+from jgrpo.layout import choose_weights
 from jgrpo.runtime.checkpoint import RunCheckpoints
+from jgrpo.runtime.distributed import check_agreement
 from jgrpo.runtime.metrics import MetricsWriter
 from jgrpo.runtime.optimiser import make_optimiser
 from jgrpo.runtime.progress import Progress
+from jgrpo.runtime.rows import gather, own_rows
 from jgrpo.runtime.stop import Stopped, StopRequest
 from jgrpo.runtime.timer import PhaseTimer
 from jgrpo.steps import Objective, Programs, TrainState, make_programs, sft_objective
@@ -35,10 +40,16 @@ from model_port.weights.convert import directory_kind, load_model, save_model
 from model_port.weights.side_files import read_config
 from model_port.weights.tree import abstract_model
 
+DROPPED = "dropped.jsonl"  # in the run directory
+
 
 @dataclass
 class Policy:
-    """A loaded model as arrays on a mesh, and what turns them back into one."""
+    """A loaded model as arrays on a mesh, and what turns them back into one.
+
+    Attributes:
+        rollout_weights, rollout_note: how weights lie while tokens are decoded, and why.
+    """
 
     config: RunConfig
     mesh: Mesh
@@ -46,6 +57,8 @@ class Policy:
     definition: ModelDef
     trained: Params
     frozen: Params
+    rollout_weights: str
+    rollout_note: str
 
 
 @dataclass
@@ -82,23 +95,6 @@ class Run:
         with contextlib.ExitStack() as stack:
             for part in (self.stop, self.metrics, self.checkpoints, self.progress):
                 stack.callback(part.close)
-
-
-def read_data(config: RunConfig, path: str, processor: Processor, *, rows: int, references: bool) -> PromptData:
-    """Return the examples of a manifest, `rows` prompts a batch."""
-    data = config.data
-    return PromptData(
-        read_manifest(path),
-        processor,
-        prompts_per_step=rows,
-        audio_buckets_seconds=data.audio_buckets,
-        max_prompt_tokens=data.max_prompt_tokens,
-        completion_tokens=config.max_completion_tokens if references else None,
-        system=data.system,
-        cache=data.cache_features,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
 
 
 def fresh_adapter(options: ModelOptions) -> LoraConfig:
@@ -142,8 +138,11 @@ def load_policy(config: RunConfig, processor: Processor) -> Policy:
         add_lora(model, fresh_adapter(options), rngs=nnx.Rngs(config.seed))
     shardings = param_shardings(nnx.state(model), mesh)
     definition, params = split_model(model)
-    params = {name: jax.device_put(value, shardings[name]) for name, value in params.items()}
+    params = {name: _lay_out(value, shardings[name]) for name, value in params.items()}
     chosen = set(select(definition, options.trainable))
+    trained = {name: jax.ShapeDtypeStruct(params[name].shape, jnp.float32) for name in chosen}
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    weights, note = choose_weights(config.rollout_weights, {**params, **trained}, definition, mesh, memory=memory)
     return Policy(
         config=config,
         mesh=mesh,
@@ -151,7 +150,16 @@ def load_policy(config: RunConfig, processor: Processor) -> Policy:
         definition=definition,
         trained={name: value for name, value in params.items() if name in chosen},
         frozen={name: value for name, value in params.items() if name not in chosen},
+        rollout_weights=weights,
+        rollout_note=note,
     )
+
+
+def _lay_out(value: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Move a parameter to where it belongs; one that is not there yet is whole in every process."""
+    if value.sharding.is_equivalent_to(sharding, value.ndim):
+        return value
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: np.asarray(value)[index])
 
 
 def policy_programs(policy: Policy, objective: Objective, *, updates: int) -> Programs:
@@ -167,6 +175,7 @@ def policy_programs(policy: Policy, objective: Objective, *, updates: int) -> Pr
         remat=config.model.remat,
         logprob_chunk=config.model.logprob_chunk,
         micro_batches=config.micro_batches,
+        rollout_weights=policy.rollout_weights,
     )
 
 
@@ -181,16 +190,18 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
         UserError: whatever the user can mend, before any work on the device where that is possible.
     """
     config.validate()
+    check_agreement(config)
     make_optimiser(updates, **vars(config.optimiser))
     mesh = make_mesh(config.mesh)
     processor = Processor.from_pretrained(config.model.path)
     check_model(config, processor, mesh)
-    data = read_data(config, config.data.train, processor, rows=config.prompts_per_step, references=references)
+    rows = own_rows(mesh, config.prompts_per_step)
+    data = training_data(config, processor, rows=rows, references=references)
     validation = None
     if config.eval.every:
         check_metrics(config)
-        rows = config.eval.batch_size
-        validation = read_data(config, config.data.validation, processor, rows=rows, references=False)
+        rows = own_rows(mesh, config.eval.batch_size)
+        validation = evaluation_data(config, config.data.validation, processor, rows=rows)
     directory = Path(config.run_dir)
     checkpoints = open_run_dir(config, directory)
     policy = load_policy(config, processor)
@@ -208,7 +219,10 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
                 encode.keep(state.params, part)
     if jax.process_index() == 0:
         save_config(config, directory / "config.json")
-    progress = Progress(config.num_steps, done=step)
+        write_drops([drop for drops in data.drops for drop in drops], directory / DROPPED)
+    progress = Progress(config.num_steps, done=step, shown=jax.process_index() == 0)
+    for note in (policy.rollout_note, *describe(data, validation, dropped=directory / DROPPED)):
+        progress.note(note)
     if step:
         done = "has done all its steps" if step >= config.num_steps else f"goes on after step {step}"
         progress.note(f"{directory} {done}")
@@ -268,6 +282,10 @@ def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> N
             found = validate(run)
         metrics |= {f"eval/{name}": value for name, value in found.items()}
         run.progress.note(f"step {run.step}: validation " + ", ".join(f"{name} {found[name]:.2f}" for name in found))
+    skipped = run.data.take_skipped()
+    for message in skipped:
+        run.progress.note(f"step {run.step}: {message}")
+    metrics["data/skipped_clips"] = sum_over_rows(len(skipped), run.policy.mesh)
     seconds = run.timer.take()
     metrics |= {f"seconds/{phase}": value for phase, value in seconds.items()}
     run.metrics.write(run.step, metrics)
@@ -277,6 +295,12 @@ def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> N
     run.checkpoints.save(run.step, run.state, host, force=last or reason is not None)
     if reason is not None:
         raise reason
+
+
+def sum_over_rows(count: int, mesh: Mesh) -> int:
+    """Return the sum of a number that each process has of its rows; of processes with the same rows one counts."""
+    shards = len(own_rows(mesh, mesh.shape["data"] * mesh.shape["fsdp"]))
+    return round(float(gather(np.full(shards, count / shards), mesh).sum()))
 
 
 def why_stop(run: Run, metrics: dict[str, Any]) -> Exception | None:
@@ -321,7 +345,8 @@ def save_policy(run: Run) -> None:
     trained = {name: value.astype(policy.trained[name].dtype) for name, value in run.state.params.items()}
     lora = "merge" if options.lora == "fresh" else options.lora
     final, aside = run.directory / "policy", run.directory / "policy.new"
-    shutil.rmtree(aside, ignore_errors=True)
+    if jax.process_index() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
     save_model(
         policy.definition.bind(policy.frozen, trained),
         aside,
@@ -347,14 +372,13 @@ def finish_run(run: Run) -> None:
 
 
 def evaluate_model(config: RunConfig, manifests: dict[str, str], *, out: Path) -> dict[str, Any]:
-    """Evaluate `config.model` on manifests by name; write predictions and results.json under `out`; return those."""
+    """Evaluate `config.model` on data sets by name; write predictions and results.json under `out`; return those."""
     config.validate()
+    check_agreement(config)
     check_metrics(config)
     processor = Processor.from_pretrained(config.model.path)
-    sets = {
-        name: read_data(config, path, processor, rows=config.eval.batch_size, references=False)
-        for name, path in manifests.items()
-    }
+    rows = own_rows(make_mesh(config.mesh), config.eval.batch_size)
+    sets = {name: evaluation_data(config, path, processor, rows=rows) for name, path in manifests.items()}
     policy = load_policy(config, processor)
     programs = policy_programs(policy, sft_objective(), updates=1)
     encode = ClipEncoder(programs, policy.frozen, policy.mesh)

@@ -217,9 +217,6 @@ def make_programs(
         counts = {"skipped": 1.0 - sound.astype(jnp.float32), "empty": empty.astype(jnp.float32)}
         return select_tree(sound & ~empty, new, state), {**sums, **peaks, "grad_norm": norm, **counts}
 
-    def share(tree, part, *, parts):
-        return jax.tree.map(lambda x: x[part], _split(tree, parts))
-
     rows = batch_sharding(mesh)
     sampling = ("num_tokens", "temperature", "top_p", "top_k", "min_p")
     return Programs(
@@ -229,7 +226,7 @@ def make_programs(
         beam=_on(mesh, jax.jit(beam, static_argnames=("num_beams", "num_tokens"), out_shardings=rows)),
         score=_on(mesh, jax.jit(score, out_shardings=rows)),
         update=_on(mesh, jax.jit(update, donate_argnums=0)),
-        share=_on(mesh, jax.jit(share, static_argnames="parts", out_shardings=rows)),
+        share=_on(mesh, jax.jit(_share, static_argnames="parts", out_shardings=rows)),
         init=lambda params: _initial_state(params, optimiser, mesh),
     )
 
@@ -266,6 +263,10 @@ def _weigh(objective: Objective, targets: Targets, micro_batches: int):
 def _split(tree, pieces: int):
     """[P, ...] to [pieces, P / pieces, ...]; rows are dealt out in turn, so each piece stays split over the mesh."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0), tree)
+
+
+def _share(tree, part, *, parts: int):
+    return jax.tree.map(lambda x: x[part], _split(tree, parts))
 
 
 def _join(x):

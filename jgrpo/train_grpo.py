@@ -12,9 +12,9 @@ import time
 import jax
 
 from jgrpo.config import GRPOConfig
-from jgrpo.groups import GroupSampler, step_metrics
+from jgrpo.groups import GroupSampler, step_metrics, write_completions
 from jgrpo.rewards import RewardPool
-from jgrpo.rollout import advantages, completion_rows, ended, learnt_tokens, reference_rows
+from jgrpo.rollout import advantages, learnt_tokens, reference_rows
 from jgrpo.runtime.rows import place
 from jgrpo.setup import Run, finish_run, finish_step, start_run
 from jgrpo.steps import Targets, apply_updates, grpo_objective
@@ -41,7 +41,7 @@ def train_grpo(config: GRPOConfig) -> Run:
 
             # 1. Sample a group of completions for every prompt; the host starts on their rewards.
             groups = sample_groups(prompts)
-            prompts, host, inputs = groups.prompts, groups.completions, (groups.batch, groups.encoded)
+            host, inputs = groups.completions, (groups.batch, groups.encoded)
 
             # 2. Meanwhile the device scores them under the frozen initial policy.
             tokens, ref_logp = place(host.tokens, policy.mesh), None
@@ -53,23 +53,22 @@ def train_grpo(config: GRPOConfig) -> Run:
                 scores = groups.scores()
 
             # 3. Push up what did better than its group, and the rest down.
-            rewards, values = scores.rewards, advantages(scores.rewards, grpo.advantage_scale)
-            eos = ended(host, policy.processor.eos_ids)
+            values, own = advantages(scores.rewards, grpo.advantage_scale), groups.rows
             learnt = {
-                "mask": learnt_tokens(host.mask, eos, rewards, grpo),
+                "mask": learnt_tokens(host.mask, scores.ended[own], scores.rewards[own], grpo),
                 "old_logp": host.logp,
-                "advantage": values,
-                "is_off_policy": reference_rows(values.shape) if grpo.mixed_policy else None,
+                "advantage": values[own],
+                "is_off_policy": reference_rows(values[own].shape) if grpo.mixed_policy else None,
             }
             with timer("update"):
                 targets = Targets(tokens=tokens, ref_logp=ref_logp, **place(learnt, policy.mesh))
                 run.state, metrics = apply_updates(programs, run.state, policy.frozen, *inputs, targets, **passes)
 
-            metrics |= step_metrics(groups, scores, values, eos, mixed=grpo.mixed_policy)
+            metrics |= step_metrics(groups, scores, values, mixed=grpo.mixed_policy)
             seconds = time.perf_counter() - started
             metrics |= {"tokens_per_second": metrics["num_tokens"] / seconds, "seconds": seconds}
             if config.completions_every and run.step % config.completions_every == 0:
-                run.metrics.write_completions(run.step + 1, completion_rows(prompts, groups.texts, rewards, values))
+                write_completions(run, groups, scores, values)
             finish_step(run, metrics, _shown(metrics))
         finish_run(run)
     return run

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jgrpo.config import SFTConfig
-from jgrpo.runtime.rows import place
+from jgrpo.runtime.rows import gather, place
 from jgrpo.setup import Run, finish_run, finish_step, start_run
 from jgrpo.steps import Targets, apply_updates, sft_objective
 
@@ -31,9 +31,10 @@ def train_sft(config: SFTConfig) -> Run:
 
             # Nothing was sampled, so there is nothing to drift from, and every reference has tokens.
             del metrics["logp_drift"], metrics["logp_drift_max"], metrics["empty"]
-            seconds, tokens = time.perf_counter() - started, int(prompts.reference_mask.sum())
+            lengths = gather(prompts.reference_mask.sum(-1), policy.mesh)
+            seconds, tokens = time.perf_counter() - started, int(lengths.sum())
             metrics |= {"num_tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
-            metrics["completions/mean_length"] = float(prompts.reference_mask.sum(-1).mean())
+            metrics["completions/mean_length"] = float(lengths.mean())
             finish_step(run, metrics, {"loss": metrics["loss"], "tokens/s": metrics["tokens_per_second"]})
         finish_run(run)
     return run

@@ -1,14 +1,17 @@
 """Several processes as one run: joining, agreeing that all of them run the same thing, and leaving in haste."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import sys
 import threading
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,34 @@ from jax.experimental import multihost_utils
 
 import model_port
 from jgrpo.options import DistributedOptions
+from jgrpo.runtime.stop import Stopped
 from model_port.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "sacrebleu", "numpy")
 MAX_SHOWN = 5
 GRACE_SECONDS = 5  # of ours before JAX's own deadline, whose message says nothing about what to do
+
+
+@contextlib.contextmanager
+def joined(options: DistributedOptions) -> Iterator[None]:
+    """Run what is inside as one of the processes of `join`.
+
+    Where it fails in one of several processes, that one ends at once with the message: the others wait for it, and find
+    out by its absence. A run that all processes stop together ends in order.
+    """
+    join(options)
+    try:
+        yield
+    except Stopped:
+        raise
+    except BaseException as error:
+        if jax.distributed.is_initialized():
+            mistake = isinstance(error, UserError)
+            sys.stderr.write(f"error: {error}\n" if mistake else "".join(traceback.format_exception(error)))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2 if mistake else 1)
+        raise
 
 
 def join(options: DistributedOptions) -> None:
@@ -79,14 +105,6 @@ def check_agreement(config: Any) -> None:
         raise UserError(f"the processes of this run are not alike; bring all hosts to the same state:\n  {lines}")
 
 
-def leave(status: int) -> None:
-    """End this process at once if it is one of several, which would wait for it to leave in order."""
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
 def _check(given: Mapping[str, Any]) -> bool:
     """Return whether the options name other processes."""
     missing = [name for name, value in given.items() if value is None]
@@ -101,8 +119,7 @@ def _check(given: Mapping[str, Any]) -> bool:
         raise UserError(f"distributed.coordinator_address is {address!r}; give HOST:PORT of process 0")
     if count < 1 or not 0 <= own < count:
         raise UserError(
-            f"distributed.process_id is {own} and num_processes is {count}; "
-            "process ids are 0 to num_processes - 1"
+            f"distributed.process_id is {own} and num_processes is {count}; process ids are 0 to num_processes - 1"
         )
     return True
 

@@ -23,8 +23,7 @@ class MetricsWriter:
     Args:
         run_dir: the run directory; made if absent.
         start_step: the first step that will be written.
-        process_index: metrics are those of process 0, and the other processes write none; each process writes the
-            completions of the prompts whose rows it holds.
+        process_index: only process 0 writes; what the others are given is dropped.
 
     Raises:
         UserError: if metrics.jsonl holds a line that is no JSON object with a step, other than a torn last line.
@@ -32,11 +31,10 @@ class MetricsWriter:
 
     def __init__(self, run_dir: str | os.PathLike, start_step: int = 0, *, process_index: int = 0):
         self._completions = Path(run_dir) / "completions"
-        self._completions.mkdir(parents=True, exist_ok=True)
-        self._suffix = f".process_{process_index}" if process_index else ""
         self._file = None
         self._board = None
         if process_index == 0:
+            self._completions.mkdir(parents=True, exist_ok=True)
             path = Path(run_dir) / "metrics.jsonl"
             _drop_from(path, start_step)
             self._file = path.open("a", encoding="utf-8")
@@ -53,11 +51,11 @@ class MetricsWriter:
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
 
-    def write_completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
-        """Write one JSON object per row to completions/step_{step:06d}.jsonl, all of it or nothing; return the path."""
-        path = self._completions / f"step_{step:06d}{self._suffix}.jsonl"
-        _replace(path, "".join(_line(plain(row)) for row in rows))
-        return path
+    def write_completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write one JSON object per row to completions/step_{step:06d}.jsonl, all of it or nothing."""
+        if self._file is not None:
+            path = self._completions / f"step_{step:06d}.jsonl"
+            _replace(path, "".join(_line(plain(row)) for row in rows))
 
     def close(self) -> None:
         """Flush and close the files; a second call does nothing."""

@@ -12,6 +12,7 @@ class Progress:
 
     Args:
         total: number of steps of the whole run.
+        shown: whether anything is written: of several processes one is enough.
         done: steps finished before this process started, of a resumed run; the time left counts from there.
         stream: where to write; standard output unless given.
         every: least seconds between two plain lines.
@@ -23,6 +24,7 @@ class Progress:
         total: int,
         *,
         done: int = 0,
+        shown: bool = True,
         stream: io.TextIOBase | None = None,
         every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -30,6 +32,7 @@ class Progress:
         self._total = total
         self._done = done
         self._stream = stream if stream is not None else sys.stdout
+        self._shown = shown
         self._every = every
         self._clock = clock
         self._started = clock()
@@ -67,8 +70,9 @@ class Progress:
             self._open_line = False
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        if self._shown:
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def _number(value: float) -> str:

@@ -31,7 +31,7 @@ import pytest
 
 from jgrpo.rollout import advantages, rollout_metrics, step_keys
 from tests.invariance.run import TRAINABLE, Run, gradient_error, make_targets
-from tests.invariance.tiny import CONFIG, PROMPTS, G, P, T, make_batch
+from tests.invariance.tiny import CONFIG, PROMPTS, G, P, make_batch
 
 
 def silenced(rows):
@@ -105,8 +105,8 @@ def test_6_a_second_update_on_one_rollout_is_off_policy(out):
 
 def test_10_lengths_are_tokens_and_groups_keep_their_own_deviation(out):
     rewards = np.array([[0.3, 0.3, 0.3], [0.1, 0.2, 0.3], [0.0, 0.5, 1.0]])
-    mask = np.arange(T)[None, None] < np.array([[2, 4, 6], [1, 1, 1], [3, 3, 6]])[:, :, None]
-    metrics = rollout_metrics(rewards, {}, mask, np.ones((3, G), bool))
+    lengths = np.array([[2, 4, 6], [1, 1, 1], [3, 3, 6]])
+    metrics = rollout_metrics(rewards, {}, lengths, np.ones((3, G), bool))
     assert (metrics["completions/min_length"], metrics["completions/max_length"]) == (1, 6)
     assert metrics["completions/mean_length"] == 3.0 and metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
     values = advantages(rewards, "group")
