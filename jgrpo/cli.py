@@ -120,15 +120,16 @@ def train(method: Callable, config) -> None:
 
 
 def run_eval(arguments: list[str]) -> None:
-    """Evaluate a run's policy, its base where it has none yet, or another model on the config's test manifests."""
+    """Evaluate a run's policy, its base where it has none yet, or another model on the config's test sets."""
     from jgrpo.config import RunConfig, with_model
+    from jgrpo.data.sources import set_names
     from jgrpo.paper import base_row
     from jgrpo.report import evaluation_table
     from jgrpo.runtime.distributed import joined
     from jgrpo.setup import evaluate_model
 
     summary = (
-        "The scores of eval.metrics on the manifests of data.test: of the policy in the run directory, of the base "
+        "The scores of eval.metrics on the sets of data.test: of the policy in the run directory, of the base "
         "where there is none yet, or of the model directory given as --policy MODEL."
     )
     config, rest = read_config("eval", arguments, RunConfig, summary)
@@ -136,11 +137,7 @@ def run_eval(arguments: list[str]) -> None:
     parser.add_argument("--policy", type=Path, metavar="MODEL")
     chosen, rest = parser.parse_known_args(rest)
     config = override(config, rest, prog=f"jgrpo eval {arguments[0]} [--policy MODEL]")
-    manifests = {Path(path).stem: path for path in config.data.test}
-    if not manifests:
-        raise UserError("data.test names no manifest; give one: --data.test FILE.jsonl")
-    if len(manifests) < len(config.data.test):
-        raise UserError(f"results go by file name, and data.test has one twice: {', '.join(config.data.test)}")
+    sets = set_names(config.data.test)
     base, trained = config.model.path, Path(config.run_dir) / "policy"
     policy = chosen.policy or (trained if trained.exists() else None)
     if policy is None:
@@ -152,7 +149,7 @@ def run_eval(arguments: list[str]) -> None:
     paper = base_row(config.paper) if config.paper and is_base else config.paper
     out = Path(config.run_dir) / "eval" / result_name(Path(config.model.path), trained)
     with joined(config.distributed):
-        results = evaluate_model(config, manifests, out=out)
+        results = evaluate_model(config, sets, out=out)
     for name, result in results.items():
         print(f"\n{evaluation_table(name, result, paper=paper)}")
     print(f"predictions and results.json are in {out}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jgrpo.config import RunConfig, load_config, with_model
+from jgrpo.data.sources import set_names
 from jgrpo.report import completions_text, draw_curves, read_metrics, results_table, step_seconds
 from jgrpo.runtime.timer import PhaseTimer
 from jgrpo.setup import evaluate_model
@@ -101,9 +102,9 @@ def training_seconds(run_dir: Path) -> float:
 
 def evaluate(config: RunConfig, model: Path, run_dir: Path) -> dict[str, Any]:
     """Return the results on both test manifests; predictions go to eval/ of the demo."""
-    manifests = {Path(path).stem: path for path in config.data.test}
+    sets = set_names(config.data.test)
     name = model.parent.name if model.name == "policy" else model.name
-    results = evaluate_model(with_model(config, model), manifests, out=run_dir / "eval" / name)
+    results = evaluate_model(with_model(config, model), sets, out=run_dir / "eval" / name)
     voices = results.pop(VOICES)
     (test,) = results.values()
     return {

@@ -117,9 +117,8 @@ class GroupSampler:
 
     def _encode(self, prompts: PromptBatch) -> tuple[Batch, jax.Array]:
         run = self._run
-        with run.timer("data"):
-            batch = place(prompts.batch, run.policy.mesh)
         with run.timer("encode"):
+            batch = place(prompts.batch, run.policy.mesh)
             return batch, jax.block_until_ready(run.encode(run.state.params, run.data, prompts, batch))
 
     def _keys(self, round: int) -> jax.Array:

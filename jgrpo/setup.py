@@ -371,14 +371,14 @@ def finish_run(run: Run) -> None:
         save_policy(run)
 
 
-def evaluate_model(config: RunConfig, manifests: dict[str, str], *, out: Path) -> dict[str, Any]:
+def evaluate_model(config: RunConfig, paths: dict[str, str], *, out: Path) -> dict[str, Any]:
     """Evaluate `config.model` on data sets by name; write predictions and results.json under `out`; return those."""
     config.validate()
     check_agreement(config)
     check_metrics(config)
     processor = Processor.from_pretrained(config.model.path)
     rows = own_rows(make_mesh(config.mesh), config.eval.batch_size)
-    sets = {name: evaluation_data(config, path, processor, rows=rows) for name, path in manifests.items()}
+    sets = {name: evaluation_data(config, path, processor, rows=rows) for name, path in paths.items()}
     policy = load_policy(config, processor)
     programs = policy_programs(policy, sft_objective(), updates=1)
     encode = ClipEncoder(programs, policy.frozen, policy.mesh)

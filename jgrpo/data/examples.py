@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from model_port.audio import load_audio
 from model_port.errors import UserError
-from model_port.features import log_mel
+from model_port.features import SAMPLE_RATE, log_mel
 
 MAX_REPORTED = 10
 
@@ -148,7 +148,7 @@ class Examples:
 
     def seconds(self) -> float:
         """Return the length of all audio."""
-        return float(self.samples.sum(dtype=np.int64)) / 16_000
+        return float(self.samples.sum(dtype=np.int64)) / SAMPLE_RATE
 
     def take(self, indices: Int[np.ndarray, " K"]) -> "Examples":
         """Return these examples."""

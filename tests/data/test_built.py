@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from jgrpo.data import PromptData, read_examples
 from jgrpo.data.prompts import TASKS, choose
-from jgrpo.data.sources import source_name
+from jgrpo.data.sources import set_names, source_name
 from model_port.audio import load_audio
 from model_port.errors import UserError
 from model_port.features import log_mel
@@ -142,6 +142,14 @@ def test_where_a_data_set_is_looked_for(built, copy, tmp_path):
     with pytest.raises(UserError, match="no such manifest"):
         read_examples(f"{built}/librisqa/part1:test[abc]")
     assert source_name("a/librisqa/part1:train[:5]") == "part1" and source_name("a/mine.jsonl") == "mine"
+    assert source_name("a/librisqa/part1/1.0.0:test") == "part1"
+
+
+def test_results_of_evaluation_sets_go_by_names_that_differ():
+    paths = ["a/part1:test", "a/part1:validation[:50%]", "a/mine.jsonl"]
+    assert set_names(paths) == dict(zip(["part1_test", "part1_validation_50", "mine"], paths, strict=True))
+    with pytest.raises(UserError, match="part1_test twice: a/part1:test, b/part1:test"):
+        set_names(["a/part1:test", "b/part1:test"])
 
 
 def spoil(directory, **changes):

@@ -77,12 +77,12 @@ class Workplace:
     grpo: Path
     sft: Path
 
-    def start(self, *argv: str | Path, before: str = "") -> subprocess.Popen:
-        """Start `jgrpo` with these arguments in a process of its own, on one CPU device; `before` is code run first."""
+    def start(self, *argv: str | Path, before: str = "", devices: int = 1) -> subprocess.Popen:
+        """Start `jgrpo` with these arguments in a process of its own, on CPU devices; `before` is code run first."""
         program = f"import sys\nfrom jgrpo.cli import main\n{before}\nsys.exit(main())"
         return subprocess.Popen(
             [sys.executable, "-c", program, *map(str, argv)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", **self._environment()},
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **self._environment()},
             cwd=self.root,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -62,7 +62,7 @@ def test_commands(refuse, capsys):
         assert f"  jgrpo {command} " in usage
     assert refuse() == usage
     assert refuse("nonsense") == (
-        "error: unknown command 'nonsense'; use one of demo, grpo, sft, eval, generate (jgrpo --help)\n"
+        "error: unknown command 'nonsense'; use one of demo, grpo, sft, eval, data, generate (jgrpo --help)\n"
     )
     for command in ("grpo", "sft", "eval"):
         message = f"error: the config file comes first: jgrpo {command} CONFIG.py [OPTIONS]; configs/ has examples\n"
@@ -216,10 +216,10 @@ def test_eval_options(refuse, work, tmp_path):
         if file is not None:
             file.write(" ".join(map(str, args)) + "\n")
 
-    assert "data.test names no manifest" in message("--data.test")
+    assert "data.test names nothing" in message("--data.test")
     other = tmp_path / "test.jsonl"
     shutil.copy(work.test, other)
-    assert "data.test has one twice" in message("--data.test", work.test, other)
+    assert "data.test has test twice" in message("--data.test", work.test, other)
     assert "is not a model directory" in message("--policy", tmp_path / "nothing")
     assert "expected one argument" in message("--policy")
 
