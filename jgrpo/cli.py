@@ -232,6 +232,19 @@ def run_demo(arguments: list[str]) -> None:
     demo(Path(options.run_dir), seed=options.seed)
 
 
+def run_plan(arguments: list[str]) -> None:
+    """Compile a run for a TPU slice and say what it needs there; exit status 1 if it does not fit."""
+    from jgrpo.config import RunConfig
+    from jgrpo.plan import plan, plan_parser
+
+    summary = "What the programs of a run need of a TPU slice, compiled for it on this machine: --topology v5e:8x8"
+    config, rest = read_config("plan", arguments, RunConfig, summary)
+    prog = f"jgrpo plan {arguments[0]} --topology NAME"
+    chosen, rest = plan_parser(prog).parse_known_args(rest)
+    if not plan(override(config, rest, prog=prog), chosen):
+        sys.exit(1)
+
+
 def run_data(arguments: list[str]) -> None:
     """Build data sets and look into them."""
     from jgrpo.data_commands import run_data
@@ -244,6 +257,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "grpo": run_grpo,
     "sft": run_sft,
     "eval": run_eval,
+    "plan": run_plan,
     "data": run_data,
     "generate": run_generate,
 }

@@ -1,5 +1,6 @@
 """How weights lie while tokens are decoded: gathered over fsdp, or stationary. model_port.partition says more."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,18 +32,16 @@ def rollout_layout(definition: ModelDef, mesh: Mesh, weights: str) -> Callable[.
         same = value.sharding.is_equivalent_to(shardings[name], value.ndim)
         return name.startswith("encoder.") or (same and value.dtype == rollout_dtype(name, value.dtype, dtype))
 
-    @jax.jit
-    def move(params: Params) -> Params:
-        return {
-            name: jax.lax.with_sharding_constraint(
-                value.astype(rollout_dtype(name, value.dtype, dtype)), shardings[name]
-            )
-            for name, value in params.items()
-        }
+    # One by one: a program that moved all of them would need the memory of all of them once more.
+    @functools.partial(jax.jit, static_argnums=0)
+    def move(name: str, value: jax.Array) -> jax.Array:
+        cast = value.astype(rollout_dtype(name, value.dtype, dtype))
+        return jax.lax.with_sharding_constraint(cast, shardings[name])
 
     def layout(*parts: Params) -> tuple[Params, ...]:
-        moved = [{name: value for name, value in part.items() if not stays(name, value)} for part in parts]
-        return tuple({**part, **move(some)} for part, some in zip(parts, moved, strict=True))
+        return tuple(
+            {name: value if stays(name, value) else move(name, value) for name, value in part.items()} for part in parts
+        )
 
     return layout
 

@@ -11,11 +11,12 @@ it is the activations of a token that travel, which are small, and each device m
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model_port.errors import UserError
@@ -57,23 +58,30 @@ class MeshConfig:
         return self.data * self.fsdp * self.tensor
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """Return the mesh (data, fsdp, tensor) over the first `config.size` devices.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return the mesh (data, fsdp, tensor) over the first `config.size` devices, of all that there are by default.
+
+    An axis of the mesh may be a part of one of a TPU slice: without leave to split, 16 x 4 has no place on 8x8.
 
     Raises:
-        UserError: an axis below 1, or more devices than there are.
+        UserError: an axis below 1, more devices than there are, or processes left without a device or with fewer.
     """
     sizes = (config.data, config.fsdp, config.tensor)
     if min(sizes) < 1:
         raise UserError(f"mesh {sizes} (data, fsdp, tensor): every axis must be at least 1")
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else list(devices)
     if config.size > len(devices):
         raise UserError(
             f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} needs {config.size} devices; "
             f"this process sees {len(devices)} ({devices[0].platform}); make the mesh smaller or add devices"
         )
-    names = ("data", "fsdp", "tensor")
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3, devices=devices[: config.size])
+    if jax.process_count() > 1 and config.size < len(devices):
+        raise UserError(
+            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} has {config.size} devices and the "
+            f"{jax.process_count()} processes of this run have {len(devices)}; use all of them"
+        )
+    placed = mesh_utils.create_device_mesh(sizes, devices[: config.size], allow_split_physical_axes=True)
+    return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def param_shardings(state: nnx.State, mesh: Mesh, table: dict[str, str] = TRAINING) -> dict[str, NamedSharding]:

@@ -62,7 +62,7 @@ def test_commands(refuse, capsys):
         assert f"  jgrpo {command} " in usage
     assert refuse() == usage
     assert refuse("nonsense") == (
-        "error: unknown command 'nonsense'; use one of demo, grpo, sft, eval, data, generate (jgrpo --help)\n"
+        "error: unknown command 'nonsense'; use one of demo, grpo, sft, eval, plan, data, generate (jgrpo --help)\n"
     )
     for command in ("grpo", "sft", "eval"):
         message = f"error: the config file comes first: jgrpo {command} CONFIG.py [OPTIONS]; configs/ has examples\n"
