@@ -113,6 +113,11 @@ class RunConfig:
         """
         check_types(self)
         check_least(self, LEAST)
+        if "://" in self.run_dir:
+            raise UserError(
+                f"run_dir is {self.run_dir}; a directory of the file system is needed: mount the bucket or a share, at "
+                "the same place on all hosts"
+            )
         if self.prompts_per_step % self.micro_batches:
             raise UserError(
                 f"prompts_per_step {self.prompts_per_step} must be a multiple of micro_batches {self.micro_batches}"

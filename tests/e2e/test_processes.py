@@ -1,7 +1,14 @@
-"""Two processes train as one process with the same devices does, and end when one of them is lost."""
+"""Two processes train as one process with the same devices does, and end when one of them is lost.
 
+The tests marked slow are those with eight devices and those that wait for a lost process:
+`python -m pytest -m slow tests/e2e/test_processes.py`.
+"""
+
+import re
+import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,63 +20,144 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 2
 OPTIONS = ("--num-steps", str(STEPS), "--completions-every", "1", "--optimiser.learning-rate", "1e-3")
-HEARTBEAT = 10  # the least that is allowed
-WITHIN, ACROSS = (2, 2, 2), (1, 1, 8)  # where the tensor axis lies, seen from a process with four of eight devices
+HEARTBEAT = 10  # seconds; the least that is allowed
+FEW = [((1, 2, 1), 1), ((1, 1, 2), 1)]  # mesh and devices of a process: prompts, or heads, on both sides
+MANY = [((2, 2, 2), 4), ((1, 1, 8), 4)]  # the tensor axis within a process, and across
 
 
 def mesh_options(mesh: tuple[int, int, int]) -> tuple[str, ...]:
-    names = ("data", "fsdp", "tensor")
-    return tuple(part for name, size in zip(names, mesh, strict=True) for part in (f"--mesh.{name}", str(size)))
+    """Return the options of a mesh."""
+    sizes = zip(("data", "fsdp", "tensor"), map(str, mesh), strict=True)
+    return tuple(part for name, size in sizes for part in (f"--mesh.{name}", size))
 
 
-def start_both(work: Workplace, *argv: str | Path, devices: int = 4) -> list[subprocess.Popen]:
-    """Start a command as two processes, which meet at a free port of this machine."""
+def start_both(work: Workplace, *argv: str | Path, devices: int, before: str = "") -> list[subprocess.Popen]:
+    """Start a command as two processes, which meet at a free port of this machine; `before` is run in the second."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
     common = ("--distributed.coordinator-address", address, "--distributed.num-processes", "2")
-    common += ("--distributed.heartbeat-timeout", str(HEARTBEAT))
+    common += ("--distributed.heartbeat-timeout", str(HEARTBEAT), "--distributed.start-timeout", "120")
     return [
-        work.start(*argv, *common, "--distributed.process-id", str(process), devices=devices) for process in range(2)
+        work.start(*argv, *common, "--distributed.process-id", str(process), devices=devices, before=code)
+        for process, code in enumerate(("", before))
     ]
 
 
-def finish(processes: list[subprocess.Popen]) -> None:
-    """Wait for both to end well."""
-    for process in processes:
+def train_both(
+    work: Workplace, method: str, run: Path, mesh: tuple[int, int, int], devices: int, *options: str
+) -> Path:
+    """Train as two processes to the end."""
+    config = work.grpo if method == "grpo" else work.sft
+    command = (method, config, "--run-dir", run, *OPTIONS, *mesh_options(mesh), *options)
+    for process in start_both(work, *command, devices=devices):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, f"{out}\n{err}"
+    return run
 
 
-def timeless(run_dir: Path) -> list[dict]:
-    rows = read_rows(run_dir / "metrics.jsonl")
+def timeless(run: Path) -> list[dict]:
+    """Read metrics without times."""
+    rows = read_rows(run / "metrics.jsonl")
     return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """The same samples, bit for bit, and the same numbers in float32."""
+    """The same samples to the letter, and the same losses and parameters as far as float32 goes."""
     for ours, theirs in zip(timeless(one), timeless(other), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    files = [sorted(run.glob("completions/*")) for run in (one, other)]
+    files = [sorted((run / "completions").iterdir()) for run in (one, other)]
     assert [path.name for path in files[0]] == [path.name for path in files[1]]
-    for ours, theirs in zip(*map(lambda paths: [read_rows(path) for path in paths], files), strict=True):
+    for ours, theirs in zip(*([read_rows(path) for path in paths] for paths in files), strict=True):
         assert [row["completions"] for row in ours] == [row["completions"] for row in theirs]
-    arrays = [saved_arrays(run, STEPS) for run in (one, other)]
-    assert arrays[0].keys() == arrays[1].keys()
-    for name, value in arrays[1].items():
-        np.testing.assert_allclose(arrays[0][name], value, rtol=1e-3, atol=2e-5, err_msg=name)
+    arrays, expected = saved_arrays(one, STEPS), saved_arrays(other, STEPS)
+    assert arrays.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(arrays[name], value, rtol=1e-3, atol=2e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def alone(work):
-    """A run of one process with eight devices."""
-    return train(work.grpo, work.root / "alone", *OPTIONS, *mesh_options(WITHIN))
+    """Runs of one process with one device, by method."""
+    configs = {"grpo": work.grpo, "sft": work.sft}
+    return {method: train(config, work.root / f"alone_{method}", *OPTIONS) for method, config in configs.items()}
 
 
-@pytest.mark.parametrize("mesh", [WITHIN, ACROSS], ids=("tensor within", "tensor across"))
-def test_grpo(work, alone, mesh):
-    run = work.root / f"grpo_{mesh[2]}"
-    finish(start_both(work, "grpo", work.grpo, "--run-dir", run, *OPTIONS, *mesh_options(mesh)))
-    assert_same_run(run, alone)
+@pytest.mark.parametrize(("method", "layout"), [("grpo", FEW[0]), ("sft", FEW[1])], ids=str)
+def test_two_processes_train_as_one(work, alone, method, layout):
+    run = train_both(work, method, work.root / f"two_{method}", *layout)
+    assert_same_run(run, alone[method])
+    assert (run / "policy" / "model_port.json").exists()
+    assert not list(run.glob("**/*process*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", MANY, ids=str)
+@pytest.mark.parametrize("method", ["grpo", "sft"])
+def test_two_processes_with_eight_devices_train_as_one(work, alone, method, layout):
+    run = train_both(work, method, work.root / f"eight_{method}_{layout[0][2]}", *layout)
+    assert_same_run(run, alone[method])
+
+
+DIES = """
+import os, signal
+from jgrpo.runtime.metrics import MetricsWriter
+def write(self, number, metrics):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+MetricsWriter.write = write
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_lost_a_process_ends_with_a_message_and_goes_on(work, alone, processes):
+    """The second process dies in its second step; one process or two go on from the first."""
+    mesh, devices = FEW[0]
+    run = work.root / f"lost_{processes}"
+    command = ("grpo", work.grpo, "--run-dir", run, *OPTIONS, "--checkpoint.every", "1")
+    first, second = start_both(work, *command, *mesh_options(mesh), devices=devices, before=DIES)
+    assert second.wait(timeout=240) == -signal.SIGKILL
+    died = time.monotonic()
+    _, err = first.communicate(timeout=240)
+    assert first.returncode not in (0, 2) and time.monotonic() - died < HEARTBEAT + 20
+    assert re.search("died|crashed|closed by peer|unhealthy", err), err
+    if processes == 2:
+        train_both(work, "grpo", run, mesh, devices, "--checkpoint.every", "1")
+    else:
+        train(work.grpo, run, *OPTIONS, "--checkpoint.every", "1")
+    assert_same_run(run, alone["grpo"])
+
+
+@pytest.mark.slow
+def test_what_differs_and_who_is_missing_is_said_at_the_start(work):
+    command = ("grpo", work.grpo, "--run-dir", work.root / "differ", *mesh_options(FEW[0][0]))
+    change = "import jgrpo.config\njgrpo.config.RunConfig.__dataclass_fields__['seed'].default = 0"
+    processes = start_both(work, *command, devices=1, before="import sys\nsys.argv += ['--seed', '5']\n" + change)
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "the processes of this run are not alike" in err
+        assert "process 1: config seed is '5', process 0 has '0'" in err
+    options = ("--distributed.coordinator-address", "127.0.0.1:1", "--distributed.num-processes", "2")
+    late = work.start(*command, *options, "--distributed.process-id", "1", "--distributed.start-timeout", "3")
+    _, err = late.communicate(timeout=60)
+    assert late.returncode == 3 and "error: after 3 s not all processes of this run have met" in err
+
+
+def test_options_that_do_not_name_the_others(work, capsys):
+    from jgrpo import cli
+
+    for options, message in (
+        (("--distributed.num-processes", "2"), "give --distributed.coordinator-address, --distributed.process-id"),
+        (("--distributed.coordinator-address", "here"), "give --distributed.num-processes"),
+    ):
+        assert cli.main(["grpo", str(work.grpo), *options]) == 2
+        assert message in capsys.readouterr().err
+    whole = ("--distributed.num-processes", "2", "--distributed.process-id", "2", "--distributed.coordinator-address")
+    assert cli.main(["grpo", str(work.grpo), *whole, "host:1"]) == 2
+    assert "process ids are 0 to num_processes - 1" in capsys.readouterr().err
+    assert cli.main(["grpo", str(work.grpo), *whole, "host"]) == 2
+    assert "'host'; give HOST:PORT" in capsys.readouterr().err
