@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jgrpo.config import ModelOptions, RunConfig, check_same_run, save_config
+from jgrpo.config import ModelOptions, RunConfig
 from jgrpo.data.fit import write_drops
 from jgrpo.data.pipeline import PromptData
 from jgrpo.data.run import describe, evaluation_data, training_data
@@ -29,6 +29,7 @@ from jgrpo.runtime.progress import Progress
 from jgrpo.runtime.rows import gather, own_rows
 from jgrpo.runtime.stop import Stopped, StopRequest
 from jgrpo.runtime.timer import PhaseTimer
+from jgrpo.saved_config import check_same_run, save_config
 from jgrpo.steps import Objective, Programs, TrainState, make_programs, sft_objective
 from model_port.config import LoraConfig
 from model_port.errors import UserError
