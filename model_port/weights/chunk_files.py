@@ -1,7 +1,7 @@
 """Arrays that are still to be read, written into the files of an Orbax checkpoint: zarr 2, without compression.
 
 Orbax itself needs a whole stack in memory and hands the system a chunk at a time, which then takes most of the time:
-see PIECE_BYTES.
+see side_files.write_pieces.
 """
 
 import functools
@@ -13,12 +13,9 @@ import numpy as np
 from etils import epath
 
 from model_port.weights.lazy import Layer, LazyArray, Scratch, copy, in_threads
-from model_port.weights.side_files import read_json, to_json
+from model_port.weights.side_files import read_json, to_json, write_pieces
 
 CHUNK_BYTES = 2**23
-# Bytes that are written at a time. Linux keeps what it is given at once in pages as large, up to megabytes. A virtual
-# machine often has to get such pages from its host first, which takes five times as long as a copy into small ones.
-PIECE_BYTES = 2**16
 
 
 def placeholder(array: LazyArray) -> np.ndarray:
@@ -48,8 +45,7 @@ def write_arrays(directory: epath.Path, arrays: Mapping[str, LazyArray], progres
                 data[:] = 0  # a file at the end of an array is as long as the others
             copy(data.view(array.dtype).reshape(chunk)[tuple(map(slice, part.shape))], part, array.name)
             with (files / ".".join(map(str, layer + number))).open("wb") as file:
-                for begin in range(0, data.nbytes, PIECE_BYTES):
-                    file.write(data[begin : begin + PIECE_BYTES])
+                write_pieces(file, data)
         return value.size * array.dtype.itemsize
 
     def jobs() -> Iterator[Callable[[], int]]:

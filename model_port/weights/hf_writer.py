@@ -19,6 +19,7 @@ from model_port.weights.side_files import (
     check_space,
     read_json,
     to_json,
+    write_pieces,
     write_side_files,
     written_aside,
 )
@@ -147,7 +148,7 @@ def _write_file(
         for spec in specs:
             file.seek(8 + len(text) + header[spec.name]["data_offsets"][0])
             # Without a name: a view of one stack must not outlive it while the next one is read.
-            file.write(contiguous(next(tensors)).reshape(-1).view(np.uint8).data)
+            write_pieces(file, contiguous(next(tensors)).reshape(-1).view(np.uint8))
             progress(spec.nbytes)
 
 

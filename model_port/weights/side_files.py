@@ -8,8 +8,9 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 from etils import epath
 
 from model_port.config import GraniteSpeechConfig, native
@@ -18,6 +19,7 @@ from model_port.errors import UserError
 # No room left, the user's quota, the largest file that is allowed.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+PIECE_BYTES = 2**16
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -147,6 +149,16 @@ def check_space(directory: epath.Path, nbytes: int) -> None:
             f"{directory.parent} has {free / 1e9:.2f} GB free and the weights take {nbytes / 1e9:.2f} GB; "
             "make room or choose another disk"
         )
+
+
+def write_pieces(file: BinaryIO, data: np.ndarray | memoryview) -> None:
+    """Write bytes, a few at a time.
+
+    Linux keeps what it is given at once in pages as large, up to megabytes. A virtual machine often has to get such
+    pages from its host first, which takes five times as long as a copy into small ones.
+    """
+    for begin in range(0, data.nbytes, PIECE_BYTES):
+        file.write(data[begin : begin + PIECE_BYTES])
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
