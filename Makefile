@@ -19,7 +19,7 @@ install-test: .venv/.installed-test
 
 test: lint
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install-test
 	@echo "==> ruff"

@@ -74,7 +74,10 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert [row["completions"] for row in ours] == [row["completions"] for row in theirs]
     arrays, expected = saved_arrays(one, STEPS), saved_arrays(other, STEPS)
     assert arrays.keys() == expected.keys()
+    # A key bias adds the same to all scores of a query: its gradient is rounding, of which AdamW makes whole steps.
     for name, value in expected.items():
+        if name.endswith("key.bias"):
+            continue
         np.testing.assert_allclose(arrays[name], value, rtol=1e-3, atol=2e-5, err_msg=name)
 
 
@@ -90,7 +93,8 @@ def test_two_processes_train_as_one(work, alone, method, layout):
     run = train_both(work, method, work.root / f"two_{method}", *layout)
     assert_same_run(run, alone[method])
     assert (run / "policy" / "model_port.json").exists()
-    assert not list(run.glob("**/*process*"))
+    names = {path.name for path in (run / "completions").iterdir()}
+    assert names == ({f"step_{step:06d}.jsonl" for step in (1, 2)} if method == "grpo" else set())
 
 
 @pytest.mark.slow
