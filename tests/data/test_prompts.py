@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +36,7 @@ def test_the_choice_depends_on_what_the_example_is_alone():
     chosen = [choose(name, 3) for name in names]
     assert min(chosen.count(k) for k in range(3)) > 70
     program = f"from jgrpo.data.prompts import choose\nprint([choose(name, 3) for name in {names!r}])"
-    environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": "."}
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     other = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(other.stdout) == chosen
 
