@@ -224,13 +224,20 @@ def identities(columns: dict[str, list[Any]], otherwise: Sequence[str]) -> list[
     return [str(own) if own is not None else other for own, other in zip(ids, otherwise, strict=True)]
 
 
-def refuse(name: str | Path, faults: Iterable[tuple[int, str]], *, unit: str = "line", remedy: str = "") -> None:
-    """Raise one UserError that names the first ten (row, fault) pairs, unless there are none."""
+def refuse(
+    name: str | Path,
+    faults: Iterable[tuple[int, str]],
+    *,
+    unit: str = "line",
+    remedy: str = "",
+    most: int | None = MAX_REPORTED,
+) -> None:
+    """Raise one UserError that names the first `most` (row, fault) pairs, or all, unless there are none."""
     faults = sorted(faults)
     if not faults:
         return
-    shown = [f"  {unit} {row}: {fault}" for row, fault in faults[:MAX_REPORTED]]
-    rest = [f"  and {len(faults) - MAX_REPORTED} more"] if len(faults) > MAX_REPORTED else []
+    shown = [f"  {unit} {row}: {fault}" for row, fault in faults[:most]]
+    rest = [f"  and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
     count = len({row for row, _ in faults})
     head = f"{name}: {count} unusable {unit}{'s' if count > 1 else ''}; correct or remove{remedy}:"
     raise UserError("\n".join([head, *shown, *rest]))

@@ -9,11 +9,10 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from jgrpo.data.built import CARD, open_built, parse_split, read_built
-from jgrpo.data.examples import Example, Examples, Files, clip_lengths, one_store
-from jgrpo.data.manifest import KEYS, clip_paths, read_headers, read_lines
+from jgrpo.data.examples import Example, Examples, Files, one_store
+from jgrpo.data.manifest import KEYS, read_lines, read_usable
 from jgrpo.data.tokens import TokenRows
 from model_port.config import ProjectorConfig
-from model_port.errors import UserError
 from model_port.features import SAMPLE_RATE, num_frames
 from model_port.processor import Processor
 
@@ -83,34 +82,18 @@ def _read(path: Path) -> Part:
     """Read a manifest, of which every line must be usable."""
     present = {key for row in read_lines(path, needs=())[0].values() for key in row} or KEYS
     needs = tuple(key for key in ("prompt", "reference") if key in present)
-    rows, faults = read_lines(path, needs=needs)
-    audio = {line: clip_paths(row, path.parent) for line, row in rows.items()}
-    headers = read_headers({clip for clips in audio.values() for clip in clips})
-    for line, clips in audio.items():
-        faults.extend((line, headers[clip]) for clip in clips if isinstance(headers[clip], str))
-    _refuse_all(path, faults)
-    if not rows:
-        raise UserError(f"{path}: the manifest has no examples; one JSON object per line is needed.")
+    rows, audio, samples = read_usable(path, needs=needs, most=None)
     names = dict.fromkeys(key for row in rows.values() for key in row if key not in KEYS)
     examples = one_store(
         Files(str(path), audio),
         list(rows),
-        clip_lengths([[headers[clip] for clip in clips] for clips in audio.values()]),
+        samples,
         prompts=[row.get("prompt", "") for row in rows.values()],
         references=[row.get("reference", "") for row in rows.values()],
         columns={name: [row.get(name) for row in rows.values()] for name in names},
     )
     lacks = tuple(key for key in ("prompt", "reference") if key not in needs)
     return Part(title=f"{path}: {len(rows):,} lines", examples=examples, lacks=lacks)
-
-
-def _refuse_all(path: str | Path, faults: list[tuple[int, str]]) -> None:
-    """Raise one UserError that names every (line number, fault), unless there are none."""
-    if not faults:
-        return
-    count = len({line for line, _ in faults})
-    head = f"{path}: {count} unusable line{'s' if count > 1 else ''}; correct or remove:"
-    raise UserError("\n".join([head, *(f"  line {line}: {fault}" for line, fault in sorted(faults))]))
 
 
 def _about(directory: Path, facts: dict[str, Any]) -> str:

@@ -13,7 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jgrpo.data.examples import Examples, Files, clip_lengths, identities, one_store, refuse
+import numpy as np
+from jaxtyping import Int
+
+from jgrpo.data.examples import MAX_REPORTED, Examples, Files, clip_lengths, identities, one_store, refuse
 from jgrpo.data.prompts import ask, check_templates
 from model_port.audio import check_audio
 from model_port.errors import UserError
@@ -39,14 +42,7 @@ def read_manifest(
             templates and a column that do not belong to the manifest.
     """
     path = Path(path)
-    rows, faults = read_lines(path, needs=_needed(prompts, reference))
-    audio = {line: clip_paths(row, path.parent) for line, row in rows.items()}
-    headers = read_headers({clip for clips in audio.values() for clip in clips})
-    for line, clips in audio.items():
-        faults.extend((line, headers[clip]) for clip in clips if isinstance(headers[clip], str))
-    refuse(path, faults)
-    if not rows:
-        raise UserError(f"{path}: the manifest has no examples; one JSON object per line is needed.")
+    rows, audio, samples = read_usable(path, needs=_needed(prompts, reference))
     lines = list(rows)
     names = dict.fromkeys(key for row in rows.values() for key in row if key not in KEYS)
     columns = {name: [row.get(name) for row in rows.values()] for name in names}
@@ -57,7 +53,7 @@ def read_manifest(
     return one_store(
         Files(str(path), audio),
         lines,
-        clip_lengths([[headers[clip] for clip in clips] for clips in audio.values()]),
+        samples,
         prompts=asked,
         references=references,
         columns=columns,
@@ -80,6 +76,29 @@ def _ask(
 def _needed(prompts: Sequence[str], reference: str) -> tuple[str, ...]:
     own = {"prompt": not prompts, "reference": reference in ("", "reference")}
     return tuple(key for key, needed in own.items() if needed)
+
+
+def read_usable(
+    path: Path, *, needs: Sequence[str], most: int | None = MAX_REPORTED
+) -> tuple[dict[int, dict[str, Any]], dict[int, tuple[str, ...]], Int[np.ndarray, "N C"]]:
+    """Return rows and the paths of their clips by line number, and the clips' lengths; every line must be usable.
+
+    Args:
+        needs: as for read_lines.
+        most: unusable lines that are named; None for all.
+
+    Raises:
+        UserError: no such file, no examples, or unusable lines.
+    """
+    rows, faults = read_lines(path, needs=needs)
+    audio = {line: clip_paths(row, path.parent) for line, row in rows.items()}
+    headers = read_headers({clip for clips in audio.values() for clip in clips})
+    for line, clips in audio.items():
+        faults.extend((line, headers[clip]) for clip in clips if isinstance(headers[clip], str))
+    refuse(path, faults, most=most)
+    if not rows:
+        raise UserError(f"{path}: the manifest has no examples; one JSON object per line is needed.")
+    return rows, audio, clip_lengths([[headers[clip] for clip in clips] for clips in audio.values()])
 
 
 def read_lines(
