@@ -131,7 +131,8 @@ NEEDS = {"prompt": "prompt templates", "reference": "the name of the column that
 def _drops(counts: dict[str, int]) -> str:
     ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     reasons = f": {', '.join(f'{count:,} {reason}' for reason, count in ordered)}" if counts else ""
-    return f"{sum(counts.values()):,} rows dropped by the build{reasons}"
+    total = sum(counts.values())
+    return f"{total:,} row{'' if total == 1 else 's'} dropped by the build{reasons}"
 
 
 def _lengths(part: Part, processor: Processor | None) -> dict[str, Shaped[np.ndarray, " _"]]:

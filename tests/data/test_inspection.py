@@ -121,12 +121,12 @@ def test_a_built_data_set(covost2, model, nothing_is_decoded):
     text = inspect_data(str(covost2), model=model, records=1)
     head, *_ = text.split("\n\n")
     assert head.startswith(f"{covost2}: 16 records, 0.00 hours, audio\n  references are 'translation'; language German")
-    sections = dict(re.findall(r"^(\w+): (?:\d+|no) records.*\n  (\d+ rows dropped .*)$", text, flags=re.MULTILINE))
+    sections = dict(re.findall(r"^(\w+): (?:\d+|no) records.*\n  (\d+ rows? dropped .*)$", text, flags=re.MULTILINE))
     assert sections == {
         "train": "8 rows dropped by the build: 1 REMOVE, 1 duplicate id, 1 empty clip, 1 empty text, 1 missing clip, "
         "1 no transcript, 1 truncated, 1 unsupported format",
-        "validation": "1 rows dropped by the build: 1 unsupported format",
-        "test": "1 rows dropped by the build: 1 too short",
+        "validation": "1 row dropped by the build: 1 unsupported format",
+        "test": "1 row dropped by the build: 1 too short",
         "unknown": "2 rows dropped by the build: 2 bad row",
     }
     assert text.count("tokens of the reference") == 3

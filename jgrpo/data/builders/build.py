@@ -125,7 +125,7 @@ def describe(directory: Path) -> str:
             lines.append(f"dropped from {split}: {count:,} {reason}")
     if any(card["drops"].values()):
         lines.append(f"each of them is named in {directory / 'dropped'}")
-    lines.append(f"{card['source']['clips_without_row']:,} audio files belong to no row")
+    lines.append(f"audio files that belong to no row: {card['source']['clips_without_row']:,}")
     return "\n".join(lines)
 
 
