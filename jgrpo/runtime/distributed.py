@@ -26,6 +26,8 @@ from model_port.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "sacrebleu", "numpy")
 MAX_SHOWN = 5
+# What a collective says when the process at its other end has died.
+PEER_GONE = ("Connection reset by peer", "Connection closed by peer", "Socket closed", "Broken pipe")
 GRACE_SECONDS = 5  # of ours before JAX's own deadline, whose message says nothing about what to do
 
 
@@ -43,12 +45,24 @@ def joined(options: DistributedOptions) -> Iterator[None]:
         raise
     except BaseException as error:
         if jax.distributed.is_initialized():
-            mistake = isinstance(error, UserError)
-            sys.stderr.write(f"error: {error}\n" if mistake else "".join(traceback.format_exception(error)))
+            sys.stderr.write(_last_words(error))
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(2 if mistake else 1)
+            os._exit(2 if isinstance(error, UserError) else 1)
         raise
+
+
+def _last_words(error: BaseException) -> str:
+    """Return what a process says that ends with an error."""
+    if isinstance(error, UserError):
+        return f"error: {error}\n"
+    if any(sign in str(error) for sign in PEER_GONE):
+        reason = str(error).splitlines()[0][:200]
+        return (
+            f"error: another process of this run is gone ({reason}); its own log says why. Start the same command on all "
+            "hosts again: the run goes on from its last checkpoint.\n"
+        )
+    return "".join(traceback.format_exception(error))
 
 
 def join(options: DistributedOptions) -> None:

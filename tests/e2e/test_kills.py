@@ -36,7 +36,7 @@ def test_twenty_kills_at_random_moments(work):
         resumed = re.search(r"goes on after step (\d+)\n", out)
         if logged[-1] > 2 * EVERY:
             assert resumed and logged[-1] - int(resumed[1]) <= 2 * EVERY
-        logged.append(read_rows(metrics)[-1]["step"])
+        logged.append(metrics.read_bytes().count(b"\n"))  # a line a step; the last may be torn
         kills += 1
         while_saving += bool(list((run / "checkpoints").glob("*tmp*")))
     assert logged[-1] < STEPS and while_saving > 1

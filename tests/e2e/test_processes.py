@@ -127,7 +127,8 @@ def test_a_run_that_lost_a_process_ends_with_a_message_and_goes_on(work, alone, 
     died = time.monotonic()
     _, err = first.communicate(timeout=240)
     assert first.returncode not in (0, 2) and time.monotonic() - died < HEARTBEAT + 20
-    assert re.search("died|crashed|closed by peer|unhealthy", err), err
+    # Found by a collective that fails, or by the missing heartbeat: then the words are JAX's.
+    assert re.search("error: another process of this run is gone|another task died", err), err
     if processes == 2:
         train_both(work, "grpo", run, mesh, devices, "--checkpoint.every", "1")
     else:
