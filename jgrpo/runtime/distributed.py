@@ -59,8 +59,8 @@ def _last_words(error: BaseException) -> str:
     if any(sign in str(error) for sign in PEER_GONE):
         reason = str(error).splitlines()[0][:200]
         return (
-            f"error: another process of this run is gone ({reason}); its own log says why. Start the same command on all "
-            "hosts again: the run goes on from its last checkpoint.\n"
+            f"error: another process of this run is gone ({reason}); its own log says why. Start the same command on "
+            "all hosts again: the run goes on from its last checkpoint.\n"
         )
     return "".join(traceback.format_exception(error))
 
