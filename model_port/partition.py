@@ -64,7 +64,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     An axis of the mesh may be a part of one of a TPU slice: without leave to split, 16 x 4 has no place on 8x8.
 
     Raises:
-        UserError: an axis below 1, more devices than there are, or processes left without a device or with fewer.
+        UserError: an axis below 1, more devices than there are, or, with several processes, fewer.
     """
     sizes = (config.data, config.fsdp, config.tensor)
     if min(sizes) < 1:

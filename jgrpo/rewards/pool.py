@@ -3,9 +3,6 @@
 import logging
 import multiprocessing
 import multiprocessing.synchronize
-import os
-import signal
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +14,7 @@ from jgrpo.options import MetricOptions
 from jgrpo.rewards.bleu import DEFAULT_OPTIONS
 from jgrpo.rewards.built_in import ON_DEVICE
 from jgrpo.rewards.reward import Examples, Reward, SourceRewards, make_reward
+from jgrpo.worker import start_worker
 from model_port.errors import UserError
 
 
@@ -148,16 +146,9 @@ def _start_worker(spec: Mapping[str, float | int], options: MetricOptions, speak
     global _reward
     if not speaker.acquire(block=False):
         logging.getLogger("jgrpo").setLevel(logging.ERROR)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
     jax.config.update("jax_platforms", "cpu")  # a function that uses JAX must not reach for the trainer's device
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    start_worker()
     _reward = make_reward(spec, options=options)
-
-
-def _leave_with_parent() -> None:
-    """End the process when the trainer is gone, however it went; nobody would end it otherwise."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _score_in_worker(examples: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ A directory may be partial: it then holds some of the parameters and names the b
 
 import contextlib
 import functools
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
+from model_port.silence import quiet_absl
 from model_port.weights import chunk_files, names
 from model_port.weights.lazy import LazyArray
 from model_port.weights.side_files import (
@@ -107,7 +107,8 @@ def _write_params(path: epath.Path, arrays: Mapping[str, Any], progress: Callabl
     lazy = {name: array for name, array in arrays.items() if isinstance(array, LazyArray)}
     stored = {name: chunk_files.placeholder(array) if name in lazy else array for name, array in arrays.items()}
     try:
-        with _storage(), _quiet():
+        # Orbax warns that there is nothing to merge, which is as it should be without OCDBT.
+        with _storage(), quiet_absl():
             for group in _groups(stored):
                 ocp.partial.save(path, {name: stored[name] for name in group})
                 progress(sum(stored[name].nbytes for name in group if name not in lazy))
@@ -147,18 +148,6 @@ def _groups(arrays: Mapping[str, Any]) -> Iterator[list[str]]:
         group.append(name)
         size += array.nbytes
     yield group
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Orbax from warning that there is nothing to merge, which is as it should be without OCDBT."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def open_orbax(path: str | os.PathLike) -> tuple[GraniteSpeechConfig, dict[str, LazyArray]]:

@@ -189,3 +189,8 @@ def _pack(archive: Path, folder: Path, names: list[Path]) -> None:
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         for name in names:
             tar.add(folder / name, arcname=str(name))
+
+
+def read_lines(path):
+    """Read JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

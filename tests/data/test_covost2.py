@@ -10,7 +10,7 @@ from jgrpo.data.builders import build
 from jgrpo.data.builders.covost2 import LANGUAGES, Covost2, read_table
 from model_port.audio import load_audio
 from model_port.errors import UserError
-from tests.data.corpora import COVOST2_DROPS, QUOTED, make_covost2
+from tests.data.corpora import COVOST2_DROPS, QUOTED, make_covost2, read_lines
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +24,6 @@ def covost2(tmp_path_factory):
 def built(request, covost2, tmp_path_factory):
     out = tmp_path_factory.mktemp("built")
     return build("covost2/en_de", manual_dir=covost2[request.param], out=out, workers=0)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_every_drop_is_named(built):

@@ -13,7 +13,7 @@ from jgrpo.data.builders.librisqa import draw_validation, make_config
 from model_port.audio import load_audio
 from model_port.errors import UserError
 from model_port.features import log_mel
-from tests.data.corpora import LIBRISQA_DROPS, LIBRISQA_TRAIN, make_librisqa
+from tests.data.corpora import LIBRISQA_DROPS, LIBRISQA_TRAIN, make_librisqa, read_lines
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +27,6 @@ def librisqa(tmp_path_factory):
 def built(request, librisqa, tmp_path_factory):
     out = tmp_path_factory.mktemp("built")
     return build("librisqa/part1", manual_dir=librisqa[request.param], out=out, workers=0)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def records(directory):

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import io
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import tensorflow_datasets as tfds
 from jgrpo.data.builders import covost2, librisqa
 from jgrpo.data.builders.builder import SpeechBuilder, SpeechConfig
 from model_port.errors import UserError
+from model_port.silence import quiet_absl
 
 CARD = "jgrpo.json"
 WORK = ".building"  # in the output directory: what is not finished
@@ -65,7 +65,12 @@ def build(
     if not manual_dir.is_dir():
         raise UserError(f"{manual_dir}: no such directory.\n{kind.MANUAL_DOWNLOAD_INSTRUCTIONS}")
     try:
-        with _alone(Path(out) / WORK, f"{kind.name}-{config.name}") as aside, _quiet():
+        with (
+            _alone(Path(out) / WORK, f"{kind.name}-{config.name}") as aside,
+            quiet_absl(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            # TFDS announces downloads, and configs that it does not know by name.
             checks = aside.with_name(f"{aside.name}-checks.jsonl")
             builder = kind(data_dir=aside, config=config, workers=workers, checks=checks)
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
@@ -150,16 +155,3 @@ def _alone(work: Path, label: str) -> Iterator[Path]:
             path.unlink()
             with contextlib.suppress(OSError):  # other builds may be at work in it, or there are checks to go on from
                 work.rmdir()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep TFDS from announcing downloads, and configs that it does not know by name."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

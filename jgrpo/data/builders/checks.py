@@ -6,9 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from jgrpo.worker import start_worker
 from model_port.audio import AudioError, load_audio
 from model_port.errors import UserError
 from model_port.features import log_mel
@@ -142,16 +141,9 @@ def _cores() -> int:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     # The mp3 decoder's remarks on damaged files, which become drops; exceptions travel with the results.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """End the process when the one that builds is gone, however it went; nobody would end it otherwise."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    start_worker()
 
 
 class CheckLog:
