@@ -159,6 +159,20 @@ def write_pieces(file: BinaryIO, data: np.ndarray | memoryview) -> None:
     """
     for begin in range(0, data.nbytes, PIECE_BYTES):
         file.write(data[begin : begin + PIECE_BYTES])
+    _begin_writeback(file, data.nbytes)
+
+
+def _begin_writeback(file: BinaryIO, nbytes: int) -> None:
+    """Let the disk take the last `nbytes` while more are computed; the system would wait until many are due.
+
+    To say that pages are not needed is how Python can ask for it, and it is advice: where there is no such call
+    (macOS), or the file is not the system's (a bucket), nothing is asked.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    file.flush()
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(file.fileno(), file.tell() - nbytes, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
