@@ -1,0 +1,187 @@
+"""How every benchmark measures and reports: cases in turns, compilation apart, one table, one JSON file."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from model_port.published import PUBLISHED
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "sacrebleu")
+MODELS = ("demo", "tiny", *PUBLISHED)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one case.
+
+    Attributes:
+        first: the first call, compilation included.
+        seconds: of every measured round.
+    """
+
+    first: float
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """Over the rounds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def low(self) -> float:
+        """The fastest round."""
+        return min(self.seconds)
+
+    @property
+    def high(self) -> float:
+        """The slowest round."""
+        return max(self.seconds)
+
+
+def measure(cases: dict[str, Callable[[], Any]], *, rounds: int = 5, warmup: int = 1) -> dict[str, Timing]:
+    """Time the cases in turns, so that a busy machine hits all of them alike; each waits for its arrays.
+
+    Args:
+        warmup: calls of each case that are not counted, at least 1; the first of them compiles.
+    """
+    first, seconds = {}, {name: [] for name in cases}
+    for name, case in cases.items():
+        first[name] = timed(case)
+        for _ in range(warmup - 1):
+            timed(case)
+    for _ in range(rounds):
+        for name, case in cases.items():
+            seconds[name].append(timed(case))
+    return {name: Timing(first[name], seconds[name]) for name in cases}
+
+
+def timed(case: Callable[[], Any]) -> float:
+    """Return the seconds that a call takes until its result is there."""
+    start = time.perf_counter()
+    jax.block_until_ready(case())
+    return time.perf_counter() - start
+
+
+class Report:
+    """One benchmark's table: rows of named columns, and notes beneath."""
+
+    def __init__(self, name: str, settings: dict[str, Any]):
+        self.name, self.settings = name, settings
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def row(self, **columns: Any) -> None:
+        """Add a row; numbers are shown with four digits, None as nothing."""
+        self.rows.append(columns)
+
+    def note(self, text: str) -> None:
+        """Add a line beneath the table."""
+        self.notes.append(text)
+
+    def finish(self, path: Path | str | None = None) -> dict[str, Any]:
+        """Print the table and the notes; write all of it as JSON if a path is given. Return what is written."""
+        content = {
+            "benchmark": self.name,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+            "machine": machine(),
+            "versions": versions(),
+            "settings": self.settings,
+            "rows": self.rows,
+            "notes": self.notes,
+        }
+        described = {**content["machine"], **content["versions"]}
+        print(f"{self.name}: " + ", ".join(f"{key} {value}" for key, value in self.settings.items()))
+        print(", ".join(f"{key} {value}" for key, value in described.items()))
+        print(table(self.rows))
+        for note in self.notes:
+            print(note)
+        if path is not None:
+            Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        return content
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return rows as aligned columns; text to the left, numbers to the right."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_shown(row.get(name)) for name in names] for row in rows]
+    numeric = [all(not isinstance(row.get(name), str) for row in rows) for name in names]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in (names, *cells)
+    ]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def machine() -> dict[str, Any]:
+    """Return what this process computes on."""
+    devices = jax.devices()
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+    }
+
+
+def _cpu() -> str:
+    """Return the processor's name; platform.processor() knows none on Linux."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that figures depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def arguments(description: str, *, rounds: int = 5, **defaults: Any) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks share; each may add its own.
+
+    Args:
+        defaults: of the shared options, where a benchmark's are others.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--rounds", type=int, default=rounds, help="times that every case is measured")
+    parser.add_argument("--model", choices=MODELS, default="demo", help="whose shape the random weights have")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    parser.add_argument("--prompts", type=int, default=8, help="P, prompts of a step")
+    parser.add_argument("--samples", type=int, default=8, help="G, completions of a prompt")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of every clip")
+    parser.add_argument("--new-tokens", type=int, default=64, help="T, tokens of every completion")
+    parser.add_argument("--text-tokens", type=int, default=28, help="of a prompt, besides its audio")
+    parser.set_defaults(**defaults)
+    return parser

@@ -1,0 +1,257 @@
+"""A GRPO step to measure: random weights of a named shape, noise as speech, and exactly as many tokens as asked for.
+
+The parts are those of a run: jgrpo.planning says which programs a run has and which arrays they take, and a Workload
+fills these arrays. Sampling stops at no token: the end-of-sequence id is one past the vocabulary, so the decoding loop
+runs to the last of T tokens, as it does on any implementation that is asked for the same number.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from demo.base_model import CONFIG as DEMO
+from jgrpo.config import GRPOConfig
+from jgrpo.options import DataOptions, GRPOOptions, ModelOptions
+from jgrpo.planning.arrays import Clip, run_arrays
+from jgrpo.planning.programs import AbstractRun, Call, abstract_run, calls
+from jgrpo.rollout import step_keys
+from jgrpo.runtime.rows import place
+from jgrpo.steps import Targets, truncation
+from model_port.batch import Batch, Completions
+from model_port.config import GraniteSpeechConfig
+from model_port.features import SAMPLE_RATE, log_mel
+from model_port.model import GraniteSpeech
+from model_port.params import Params, split_model
+from model_port.partition import make_mesh
+from model_port.processor import AUDIO_MARKER
+from model_port.published import PUBLISHED
+from model_port.weights.hf_writer import write_hf
+
+END = "<|end_of_text|>"
+TEMPLATE = "{{ messages[-1]['content'] }}"
+UNLIMITED = 2**62  # bytes of a device, as far as the layout of weights is concerned
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured: P prompts, each with a clip and some text, G completions of T tokens.
+
+    Attributes:
+        model: demo, tiny or the name of a published model.
+        text_tokens: of a prompt; with the 102 audio embeddings of a clip of 10 s the default makes 130.
+    """
+
+    model: str = "demo"
+    dtype: str = "float32"
+    prompts: int = 8
+    samples: int = 8
+    seconds: float = 10.0
+    new_tokens: int = 64
+    text_tokens: int = 28
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "Size":
+        """Return what the options of harness.arguments say."""
+        return cls(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(cls)})
+
+
+def model_config(name: str, *, ends_after: int | None = None, layers: int | None = None) -> GraniteSpeechConfig:
+    """Return the config of a model by name; its end-of-sequence id is one past the vocabulary, so none is sampled.
+
+    Args:
+        ends_after: instead, so many ids end a completion that it has about this many tokens.
+        layers: of the decoder, where they are not the model's.
+    """
+    config = {"demo": DEMO, "tiny": GraniteSpeechConfig.tiny(), **PUBLISHED}[name]
+    if layers is not None:
+        config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, num_hidden_layers=layers))
+    vocabulary = config.decoder.vocab_size
+    ends = (vocabulary,) if ends_after is None else tuple(range(vocabulary // ends_after))
+    return dataclasses.replace(config, eos_token_ids=ends, pad_token_id=0)
+
+
+def run_config(size: Size, *, model: dict | None = None, grpo: dict | None = None, **fields: Any) -> GRPOConfig:
+    """Return a run of this size.
+
+    Args:
+        model, grpo: fields of ModelOptions and GRPOOptions.
+        fields: of GRPOConfig; of a run that is only measured in parts, no directory is ever looked at.
+    """
+    adapter = {"demo": DEMO, "tiny": GraniteSpeechConfig.tiny(), **PUBLISHED}[size.model].lora is not None
+    trainable = ("projector", "lora" if adapter else "decoder")
+    data = DataOptions(train="none", audio_buckets=(size.seconds,), max_prompt_tokens=size.text_tokens)
+    options = {
+        "run_dir": "none",
+        "data": data,
+        "num_steps": 1000,
+        "prompts_per_step": size.prompts,
+        "max_completion_tokens": size.new_tokens,
+        **fields,
+    }
+    return GRPOConfig(
+        model=ModelOptions(**{"path": size.model, "dtype": size.dtype, "trainable": trainable, **(model or {})}),
+        grpo=GRPOOptions(num_samples=size.samples, **(grpo or {})),
+        **options,
+    )
+
+
+def plan(
+    size: Size, *, ends_after: int | None = None, layers: int | None = None, **options: Any
+) -> tuple[AbstractRun, Clip]:
+    """Return a run of this size as shapes, with its programs, and the padded lengths of its prompts.
+
+    Args:
+        ends_after, layers: see model_config.
+        options: see run_config.
+    """
+    config = run_config(size, **options)
+    arrays = run_arrays(config, model_config(size.model, ends_after=ends_after, layers=layers), make_mesh(config.mesh))
+    run = abstract_run(arrays, memory=UNLIMITED)
+    return run, Clip.of(run, size.seconds)
+
+
+def planned_calls(size: Size, **options: Any) -> tuple[AbstractRun, dict[str, Call]]:
+    """Return the run and the programs of a step with the shapes that they are called with, by name."""
+    run, clip = plan(size, **options)
+    return run, {call.name: call for call in calls(run, clip)}
+
+
+class Workload:
+    """A step's programs with all that they take.
+
+    Attributes:
+        run: the run as shapes; its config, model, definition, mesh and programs.
+        state, frozen: the parameters; `update` replaces the state.
+        clips: waveforms at 16 kHz, one a prompt.
+        texts: the user messages.
+        batch, encoded: of the prompts, on the mesh.
+    """
+
+    def __init__(self, size: Size, *, params: Params | None = None, **options: Any):
+        """Make the arrays; `params` are those of another workload of the same shape and mesh, else random ones."""
+        self.size, self.options = size, options
+        self.run, self.clip = plan(size, **options)
+        self.params = random_params(self.run) if params is None else params
+        trained = self.run.reference
+        self.frozen = {name: value for name, value in self.params.items() if name not in trained}
+        copies = {name: jnp.array(self.params[name], jnp.float32, copy=True) for name in trained}
+        self.state = self.run.programs.init(copies)
+        self.clips, self.texts = make_clips(size), make_texts(size)
+        self.batch = place(make_batch(self.run, self.clips, self.texts), self.run.mesh)
+        self.encoded = self.encode()
+
+    def variant(self, **options: Any) -> "Workload":
+        """Return a workload with the same weights and other options; those not given stay."""
+        return Workload(self.size, params=self.params, **{**self.options, **options})
+
+    def encode(self) -> jax.Array:
+        """Run the encoder over the clips."""
+        return self.run.programs.encode(self.state.params, self.frozen, self.batch)
+
+    def rollout(self, num_tokens: int | None = None) -> Completions:
+        """Sample all groups, as at the first step of a run."""
+        config, programs = self.run.config, self.run.programs
+        keys = step_keys(0, 0, num_prompts=self.size.prompts, num_samples=self.size.samples)
+        weights = programs.layout(self.state.params, self.frozen)
+        return programs.rollout(
+            *weights,
+            self.batch,
+            self.encoded,
+            place(keys, self.run.mesh),
+            num_tokens=num_tokens or self.size.new_tokens,
+            temperature=config.grpo.temperature,
+            **truncation(config.grpo),
+        )
+
+    def score(self, completions: Completions) -> jax.Array:
+        """Return the log-probs under the policy as it is."""
+        return self.run.programs.score(
+            self.state.params, self.frozen, self.batch, self.encoded, place(completions.tokens, self.run.mesh)
+        )
+
+    def targets(self, completions: Completions) -> Targets:
+        """Return completions to learn from, with random advantages; the reference is the policy that sampled."""
+        advantage = np.random.default_rng(0).normal(size=completions.tokens.shape[:2]).astype(np.float32)
+        arrays = {"tokens": completions.tokens, "mask": completions.mask, "old_logp": completions.logp}
+        ref_logp = completions.logp if self.run.config.grpo.beta > 0 else None
+        return Targets(**place({**arrays, "ref_logp": ref_logp, "advantage": advantage}, self.run.mesh))
+
+    def update(self, targets: Targets) -> dict[str, jax.Array]:
+        """Take a step; the state is the new one afterwards. Return its metrics."""
+        programs = self.run.programs
+        self.state, metrics = programs.update(self.state, self.frozen, self.batch, self.encoded, targets)
+        return metrics
+
+    def export(self, directory: Path | str) -> None:
+        """Write the weights, in the dtype of the computation, and a tokenizer as a new Hugging Face directory."""
+        write_hf(directory, self.run.model, {name: np.asarray(value) for name, value in self.params.items()})
+        save_tokenizer(self.run.model, Path(directory))
+
+
+def random_params(run: AbstractRun) -> Params:
+    """Draw every parameter where it belongs on the mesh, in the dtype of the computation."""
+    shapes = {**run.frozen, **run.reference}
+
+    def draw():
+        return split_model(GraniteSpeech(run.model, rngs=nnx.Rngs(0), dtype=jnp.dtype(run.config.model.dtype)))[1]
+
+    return jax.jit(draw, out_shardings={name: shapes[name].sharding for name in run.definition.names})()
+
+
+def make_clips(size: Size) -> list[np.ndarray]:
+    """Return a waveform of noise for every prompt."""
+    random = np.random.default_rng(1)
+    samples = round(SAMPLE_RATE * size.seconds)
+    return [0.1 * random.standard_normal(samples).astype(np.float32) for _ in range(size.prompts)]
+
+
+def make_texts(size: Size) -> list[str]:
+    """Return a user message for every prompt: the clip, then words of one token each."""
+    random = np.random.default_rng(2)
+    vocabulary = {"demo": DEMO, "tiny": GraniteSpeechConfig.tiny(), **PUBLISHED}[size.model].decoder.vocab_size
+    # The last ids of a vocabulary are special tokens of the published models.
+    ids = random.integers(1, vocabulary - 16, (size.prompts, size.text_tokens))
+    return [" ".join([AUDIO_MARKER, *(word(index) for index in row)]) for row in ids]
+
+
+def word(index: int) -> str:
+    """Return the word that is the token of this id."""
+    return f"w{index}"
+
+
+def make_batch(run: AbstractRun, clips: list[np.ndarray], texts: list[str]) -> Batch:
+    """Return the batch that the processor of an exported directory would make of these."""
+    slots = run.model.projector.num_slots(len(log_mel(clips[0])))
+    ids = np.array([[int(one[1:]) for one in text.split()[1:]] for text in texts], np.int32).reshape(len(texts), -1)
+    audio = np.full((len(texts), slots), run.model.audio_token_id, np.int32)
+    places = np.concatenate([np.arange(slots), np.full(ids.shape[1], -1)]).astype(np.int32)
+    features = np.stack([log_mel(clip) for clip in clips])[:, None]
+    tokens = np.concatenate([audio, ids], axis=1)
+    return Batch(
+        tokens=tokens,
+        mask=np.ones(tokens.shape, bool),
+        audio_slots=np.broadcast_to(places, tokens.shape).copy(),
+        features=features,
+        lengths=np.full((len(texts), 1), features.shape[2], np.int32),
+    )
+
+
+def save_tokenizer(config: GraniteSpeechConfig, directory: Path) -> None:
+    """Write a tokenizer of the model's vocabulary: a word is a token, and the end comes after all of them."""
+    vocabulary = {word(index): index for index in range(config.decoder.vocab_size) if index != config.audio_token_id}
+    words = Tokenizer(models.WordLevel({**vocabulary, AUDIO_MARKER: config.audio_token_id}, unk_token=word(0)))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens([AddedToken(AUDIO_MARKER, special=True, normalized=False), AddedToken(END, special=True)])
+    special = {"eos_token": END, "pad_token": word(0), "additional_special_tokens": [AUDIO_MARKER]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
