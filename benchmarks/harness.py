@@ -8,7 +8,9 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +19,11 @@ from typing import Any
 
 import jax
 
+from model_port.errors import UserError
 from model_port.published import PUBLISHED
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "sacrebleu")
+ROOT = Path(__file__).parent.parent
 MODELS = ("demo", "tiny", *PUBLISHED)
 
 
@@ -66,6 +70,18 @@ def measure(cases: dict[str, Callable[[], Any]], *, rounds: int = 5, warmup: int
         for name, case in cases.items():
             seconds[name].append(timed(case))
     return {name: Timing(first[name], seconds[name]) for name in cases}
+
+
+def chosen(cases: dict[str, Any], only: list[str] | None) -> dict[str, Any]:
+    """Return the cases that --only names, or all of them.
+
+    Raises:
+        UserError: it names one that does not exist.
+    """
+    unknown = sorted(set(only or ()) - set(cases))
+    if unknown:
+        raise UserError(f"--only names {', '.join(unknown)}; the cases are {', '.join(cases)}")
+    return {name: case for name, case in cases.items() if only is None or name in only}
 
 
 def timed(case: Callable[[], Any]) -> float:
@@ -138,6 +154,27 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def in_child(module: str, options: list[str], *, devices: int | None = None, **environment: str) -> dict[str, Any]:
+    """Run a benchmark in a process of its own and return its figures; what it prints is not shown.
+
+    Args:
+        devices: of the CPU, virtual ones; by default the child sees what this process sees.
+        environment: variables to set.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it wrote.
+    """
+    if devices is not None:
+        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.json"
+        command = [sys.executable, "-m", module, *options, "--json", str(path)]
+        done = subprocess.run(command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+        return json.loads(path.read_text())
+
+
 def machine() -> dict[str, Any]:
     """Return what this process computes on."""
     devices = jax.devices()
@@ -183,5 +220,6 @@ def arguments(description: str, *, rounds: int = 5, **defaults: Any) -> argparse
     parser.add_argument("--seconds", type=float, default=10.0, help="length of every clip")
     parser.add_argument("--new-tokens", type=int, default=64, help="T, tokens of every completion")
     parser.add_argument("--text-tokens", type=int, default=28, help="of a prompt, besides its audio")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases to measure; by default all of them")
     parser.set_defaults(**defaults)
     return parser

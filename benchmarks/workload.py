@@ -64,16 +64,24 @@ class Size:
         return cls(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(cls)})
 
 
-def model_config(name: str, *, ends_after: int | None = None, layers: int | None = None) -> GraniteSpeechConfig:
+def named_config(name: str) -> GraniteSpeechConfig:
+    """Return the config of a model by name."""
+    return {"demo": DEMO, "tiny": GraniteSpeechConfig.tiny(), **PUBLISHED}[name]
+
+
+def model_config(name: str, *, ends_after: int | None = None, **decoder: int) -> GraniteSpeechConfig:
     """Return the config of a model by name; its end-of-sequence id is one past the vocabulary, so none is sampled.
 
     Args:
         ends_after: instead, so many ids end a completion that it has about this many tokens.
-        layers: of the decoder, where they are not the model's.
+        decoder: fields of the decoder's config that are not the model's.
     """
-    config = {"demo": DEMO, "tiny": GraniteSpeechConfig.tiny(), **PUBLISHED}[name]
-    if layers is not None:
-        config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, num_hidden_layers=layers))
+    config = named_config(name)
+    config = dataclasses.replace(
+        config,
+        decoder=dataclasses.replace(config.decoder, **decoder),
+        audio_token_id=decoder.get("vocab_size", config.audio_token_id + 1) - 1,
+    )
     vocabulary = config.decoder.vocab_size
     ends = (vocabulary,) if ends_after is None else tuple(range(vocabulary // ends_after))
     return dataclasses.replace(config, eos_token_ids=ends, pad_token_id=0)
@@ -86,8 +94,7 @@ def run_config(size: Size, *, model: dict | None = None, grpo: dict | None = Non
         model, grpo: fields of ModelOptions and GRPOOptions.
         fields: of GRPOConfig; of a run that is only measured in parts, no directory is ever looked at.
     """
-    adapter = {"demo": DEMO, "tiny": GraniteSpeechConfig.tiny(), **PUBLISHED}[size.model].lora is not None
-    trainable = ("projector", "lora" if adapter else "decoder")
+    trainable = ("projector", "lora" if named_config(size.model).lora else "decoder")
     data = DataOptions(train="none", audio_buckets=(size.seconds,), max_prompt_tokens=size.text_tokens)
     options = {
         "run_dir": "none",
@@ -105,16 +112,17 @@ def run_config(size: Size, *, model: dict | None = None, grpo: dict | None = Non
 
 
 def plan(
-    size: Size, *, ends_after: int | None = None, layers: int | None = None, **options: Any
+    size: Size, *, ends_after: int | None = None, decoder: dict[str, int] | None = None, **options: Any
 ) -> tuple[AbstractRun, Clip]:
     """Return a run of this size as shapes, with its programs, and the padded lengths of its prompts.
 
     Args:
-        ends_after, layers: see model_config.
+        ends_after, decoder: see model_config.
         options: see run_config.
     """
     config = run_config(size, **options)
-    arrays = run_arrays(config, model_config(size.model, ends_after=ends_after, layers=layers), make_mesh(config.mesh))
+    model = model_config(size.model, ends_after=ends_after, **(decoder or {}))
+    arrays = run_arrays(config, model, make_mesh(config.mesh))
     run = abstract_run(arrays, memory=UNLIMITED)
     return run, Clip.of(run, size.seconds)
 
@@ -217,7 +225,7 @@ def make_clips(size: Size) -> list[np.ndarray]:
 def make_texts(size: Size) -> list[str]:
     """Return a user message for every prompt: the clip, then words of one token each."""
     random = np.random.default_rng(2)
-    vocabulary = {"demo": DEMO, "tiny": GraniteSpeechConfig.tiny(), **PUBLISHED}[size.model].decoder.vocab_size
+    vocabulary = named_config(size.model).decoder.vocab_size
     # The last ids of a vocabulary are special tokens of the published models.
     ids = random.integers(1, vocabulary - 16, (size.prompts, size.text_tokens))
     return [" ".join([AUDIO_MARKER, *(word(index) for index in row)]) for row in ids]
