@@ -9,6 +9,7 @@ two processes, one after the other, take until their first step is done: both wi
 same directory, which is empty at first.
 """
 
+import argparse
 import collections
 import dataclasses
 import tempfile
@@ -46,14 +47,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return report.finish(options.json)
 
 
-def _layers(report: Report, size: Size, options: Any) -> None:
+def _layers(report: Report, size: Size, options: argparse.Namespace) -> None:
     for layers in options.layers:
         run, calls = planned_calls(size, decoder={"num_hidden_layers": layers})
         for name in ("rollout", "update"):
             report.row(case=f"{layers} layers, {name}", seconds=compile_call(calls[name], run.mesh).seconds)
 
 
-def _buckets(report: Report, size: Size, options: Any) -> None:
+def _buckets(report: Report, size: Size, options: argparse.Namespace) -> None:
     for lengths in ((size.seconds,), (size.seconds / 2, size.seconds)):
         with training(size, lengths=lengths) as work, compilations() as count:
             steps = work.steps(8)
@@ -68,9 +69,8 @@ def _buckets(report: Report, size: Size, options: Any) -> None:
         )
 
 
-def _start(report: Report, size: Size, options: Any) -> None:
-    fields = [(f"--{name.replace('_', '-')}", str(value)) for name, value in dataclasses.asdict(size).items()]
-    words = [*(part for field in fields for part in field), "--first-step"]
+def _start(report: Report, size: Size, options: argparse.Namespace) -> None:
+    words = [*size.options(), "--first-step"]
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             "JAX_COMPILATION_CACHE_DIR": folder,

@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "prefix off": lambda base: _ungrouped(base).rollout,
         "encoder off": lambda base: _ungrouped(base).encode,
     }
-    layouts = {"layouts": None}
-    wanted = chosen({**ablations, **layouts}, options.only)
+    wanted = chosen({"rollout": None, **ablations, "layouts": None}, options.only)
     base = Workload(size)
     peak = Peak.of(size.dtype)
     cases = {
@@ -70,15 +69,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if len(jax.devices()) >= LAYOUT_DEVICES:
             _layouts(report, size, options.rounds)
         else:
-            report.rows += in_child("benchmarks.rollout", _again(size, options.rounds), devices=LAYOUT_DEVICES)["rows"]
+            words = [*size.options(), "--rounds", str(options.rounds), "--layouts-only"]
+            report.rows += in_child("benchmarks.rollout", words, devices=LAYOUT_DEVICES)["rows"]
             report.note(f"Layouts: {LAYOUT_DEVICES} virtual devices of this machine's CPU, whatever the rest ran on.")
     return report.finish(options.json)
-
-
-def _again(size: Size, rounds: int) -> list[str]:
-    """The options of a child that measures the layouts."""
-    fields = [(f"--{name.replace('_', '-')}", str(value)) for name, value in dataclasses.asdict(size).items()]
-    return [*(part for field in fields for part in field), "--rounds", str(rounds), "--layouts-only"]
 
 
 def _ungrouped(base: Workload) -> Workload:

@@ -68,14 +68,19 @@ class Training:
 
 @contextmanager
 def training(size: Size, **options: Any) -> Iterator[Training]:
-    """Yield a Training in a directory that is removed; its runs share compiled programs, so that they start fast."""
+    """Yield a Training in a directory that is removed; its runs share compiled programs, so that they start fast.
+
+    Where JAX has a cache of compiled programs already, they share that one.
+    """
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     with tempfile.TemporaryDirectory() as folder:
         try:
-            _cache_in(f"{folder}/compiled", 0.1)
+            if before[0] is None:
+                _cache_in(f"{folder}/compiled", 0.1)
             yield Training(size, Path(folder), **options)
         finally:
-            _cache_in(*before)
+            if before[0] is None:
+                _cache_in(*before)
 
 
 def _cache_in(directory: str | None, least_seconds: float) -> None:

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; return what is written as JSON."""
     options = arguments(__doc__, new_tokens=50).parse_args(argv)
     size = Size.of(options)
-    wanted = chosen({"prefix off": None, **OPTIONS}, options.only)
+    wanted = chosen({"update": None, "prefix off": None, **OPTIONS}, options.only)
     report = Report("update", dataclasses.asdict(size) | {"rounds": options.rounds})
     base = Workload(size)
     completions = base.rollout()

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -29,8 +28,8 @@ from jgrpo.steps import Targets, truncation
 from model_port.batch import Batch, Completions
 from model_port.config import GraniteSpeechConfig
 from model_port.features import SAMPLE_RATE, log_mel
-from model_port.model import GraniteSpeech
-from model_port.params import Params, split_model
+from model_port.layers import INIT_STDDEV
+from model_port.params import Params
 from model_port.partition import make_mesh
 from model_port.processor import AUDIO_MARKER
 from model_port.published import PUBLISHED
@@ -38,7 +37,9 @@ from model_port.weights.hf_writer import write_hf
 
 END = "<|end_of_text|>"
 TEMPLATE = "{{ messages[-1]['content'] }}"
-UNLIMITED = 2**62  # bytes of a device, as far as the layout of weights is concerned
+POOL = 1_000_003
+CONSTANT = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0}  # the other parameters are drawn
+UNLIMITED = 1e18  # bytes of a device, as far as the layout of weights is concerned
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Size:
     def of(cls, arguments: argparse.Namespace) -> "Size":
         """Return what the options of harness.arguments say."""
         return cls(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(cls)})
+
+    def options(self) -> list[str]:
+        """Return the words of a command line that say this size."""
+        pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in dataclasses.asdict(self).items())
+        return [word for pair in pairs for word in pair]
 
 
 def named_config(name: str) -> GraniteSpeechConfig:
@@ -206,13 +212,23 @@ class Workload:
 
 
 def random_params(run: AbstractRun) -> Params:
-    """Draw every parameter where it belongs on the mesh, in the dtype of the computation."""
+    """Return random parameters, laid out over the mesh, in the dtype of the computation.
+
+    All are read from one pool of normal numbers, which is fast for billions of them; as its length is a prime, no two
+    rows of a matrix are alike.
+    """
+    pool = INIT_STDDEV * np.random.default_rng(0).standard_normal(POOL).astype(np.float32)
     shapes = {**run.frozen, **run.reference}
 
-    def draw():
-        return split_model(GraniteSpeech(run.model, rngs=nnx.Rngs(0), dtype=jnp.dtype(run.config.model.dtype)))[1]
+    def draw(name: str, start: int) -> jax.Array:
+        leaf, kind = shapes[name], name.split(".")[-1]
+        if kind in CONSTANT:
+            value = np.full(leaf.shape, CONSTANT[kind], leaf.dtype)
+        else:
+            value = np.resize(np.roll(pool, -start).astype(leaf.dtype), leaf.shape)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
-    return jax.jit(draw, out_shardings={name: shapes[name].sharding for name in run.definition.names})()
+    return {name: draw(name, 7919 * place) for place, name in enumerate(run.definition.names)}
 
 
 def make_clips(size: Size) -> list[np.ndarray]:
