@@ -14,7 +14,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.floors import Peak, update_flops
@@ -22,6 +21,7 @@ from benchmarks.harness import Report, Timing, arguments, chosen, measure
 from benchmarks.workload import Size, Workload, planned_calls
 from jgrpo.planning.cost import program_cost
 from jgrpo.planning.measure import compile_call
+from jgrpo.runtime.rows import place
 from jgrpo.steps import Targets
 
 OPTIONS = {
@@ -74,8 +74,11 @@ def _ungrouped(base: Workload, targets: Targets) -> tuple[Workload, Targets]:
     prompts, samples = base.size.prompts, base.size.samples
     size = dataclasses.replace(base.size, prompts=prompts * samples, samples=1)
     other = Workload(size, params=base.params)
-    other.batch, other.encoded = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (base.batch, base.encoded))
-    return other, jax.tree.map(lambda x: x.reshape(prompts * samples, 1, *x.shape[2:]), targets)
+    # On the host, where it takes no program for every array.
+    inputs = jax.tree.map(lambda x: np.repeat(np.asarray(x), samples, axis=0), (base.batch, base.encoded))
+    apart = jax.tree.map(lambda x: np.asarray(x).reshape(prompts * samples, 1, *x.shape[2:]), targets)
+    (other.batch, other.encoded), apart = place((inputs, apart), base.run.mesh)
+    return other, apart
 
 
 def _check_same(report: Report, shared: dict[str, Any], apart: dict[str, Any], *, rtol: float) -> None:

@@ -57,13 +57,26 @@ def test_rollout(tmp_path):
 
 
 def test_update(tmp_path):
-    content = run(update, tmp_path, "--only", "prefix off")
+    content = run(update, tmp_path, "--only", "update")
     rows, settings = by_case(content), content["settings"]
     # What is done and not useful is masked or computed twice.
     assert 0.6 < settings["useful_flops"] / settings["done_flops"] < 1
     useful = settings["useful_flops"] / rows["update"]["seconds"]
     assert rows["update"]["utilisation"] == pytest.approx(useful / settings["matrix_peak"])
-    assert rows["prefix off"]["ratio"] == pytest.approx(rows["prefix off"]["seconds"] / rows["update"]["seconds"])
+    assert rows["update"]["samples_per_second"] == pytest.approx(4 / rows["update"]["seconds"])
+
+
+def test_without_a_shared_prefix_every_completion_has_its_prompt():
+    base = workload.Workload(SIZE)
+    targets = base.targets(base.rollout())
+    other, apart = update._ungrouped(base, targets)
+    assert (other.size.prompts, other.size.samples, apart.tokens.shape) == (4, 1, (4, 1, 4))
+    for p in range(2):
+        for g in range(2):
+            np.testing.assert_array_equal(other.batch.tokens[2 * p + g], base.batch.tokens[p])
+            np.testing.assert_array_equal(other.encoded[2 * p + g], base.encoded[p])
+            np.testing.assert_array_equal(apart.tokens[2 * p + g, 0], targets.tokens[p, g])
+            assert apart.advantage[2 * p + g, 0] == targets.advantage[p, g]
 
 
 def test_an_update_that_differs_without_the_shared_prefix_is_an_error():
@@ -80,10 +93,21 @@ def test_step(tmp_path):
     assert 0 < parts < 1.5 * row["step"]
 
 
-def test_reward_overlap(tmp_path):
-    (row,) = run(reward_overlap, tmp_path, "--steps", "2", "--only", "1 chunk")["rows"]
-    assert row["idle_share"] == pytest.approx(row["waiting"] / row["step"])
-    assert row["against_length"] > 0
+def test_reward_overlap(tmp_path, monkeypatch):
+    phases = {"rollout": 4.0, "reward": 1.0, "score": 2.0, "reward_wait": 0.25, "update": 2.0}
+    steps = [{"seconds": 10.0, **{f"seconds/{phase}": value for phase, value in phases.items()}}]
+
+    def in_turns(work, cases, *, rounds, steps):
+        for options in cases.values():
+            work.config(1, **options).validate()
+        return {name: free if name.endswith("length") else timed for name in cases}
+
+    timed, free = steps, [{**steps[0], "seconds": 8.0}]
+    monkeypatch.setattr(reward_overlap, "in_turns", in_turns)
+    one, two = run(reward_overlap, tmp_path)["rows"]
+    # With two chunks, the texts of the first are made while the device samples the second.
+    assert (one["case"], one["waiting"], one["idle_share"]) == ("1 chunk", 1.25, 0.125)
+    assert (two["case"], two["waiting"], two["against_length"]) == ("2 chunks", 0.75, 1.25)
 
 
 def test_memory(tmp_path):
