@@ -1,0 +1,1 @@
+"""The same work in other systems, each in an environment of its own, turn by turn with ours."""

@@ -1,0 +1,143 @@
+"""Our whole GRPO step against TRL's GRPOTrainer, on the same Granite Speech with its audio.
+
+    python -m benchmarks.peers.environments trl
+    python -m benchmarks.peers.against_trl
+
+A step is: encode, sample G completions of T tokens for each of P prompts, turn them into text, score them by the same
+trivial reward, log-probs under the frozen reference (beta 0.02), loss, gradient and AdamW for projector and decoder.
+Features are made ahead of time on both sides. TRL's trainer is a subclass that gives its loss the audio (side_trl.py);
+first it is checked that every gradient forward pass hears it and that its log-probs are ours.
+"""
+
+import dataclasses
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.harness import Report, arguments, measure
+from benchmarks.peers.conversation import Peer
+from benchmarks.peers.exchange import add_arguments, exported, judge, start, torch_settings
+from benchmarks.workload import Size, Workload
+from jgrpo.core.logprobs import chunked_logprobs
+from jgrpo.options import OptimiserOptions
+from jgrpo.rollout import advantages
+from jgrpo.runtime.rows import place
+from jgrpo.steps import Targets
+from model_port.batch import Batch
+from model_port.errors import UserError
+from model_port.params import Params
+from model_port.processor import Processor
+
+STEP_TARGET, BETA, LEARNING_RATE = 3.0, 0.02, 1e-5
+AGREEMENT = 1e-4  # of log-probs
+LACKING = (
+    "TRL lacks audio in the loss without the subclass, a prompt computed once per group (encoder and prompt run once "
+    "per sample and phase), logits scaled alike in sampling and loss without a hook; vLLM, its fast sampler, was "
+    "not at hand"
+)
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = add_arguments(arguments(__doc__))
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers' decoder")
+    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of transformers' decoder")
+    parser.add_argument("--micro-batch", type=int, default=0, help="completions of a backward pass in TRL; 0 for all")
+    options = parser.parse_args()
+    try:
+        compare(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def compare(options) -> None:
+    """Check, then run both sides in turns."""
+    size = Size.of(options)
+    settings = {"attention": options.attention, "cache": options.cache, "micro_batch": options.micro_batch}
+    optimiser = OptimiserOptions(learning_rate=LEARNING_RATE, warmup_fraction=0.0, schedule="constant")
+    workload = Workload(size, grpo={"beta": BETA}, optimiser=optimiser)
+    report = Report("step against TRL", {**vars(size), **settings})
+    with exported(workload) as directory:
+        processor = Processor.from_pretrained(directory / "model")
+        training = {"beta": BETA, "learning_rate": LEARNING_RATE, "audio_token": workload.run.model.audio_token_id}
+        with start("trl", "trl", torch_settings(workload, directory, **settings, **training), options) as peer:
+            check(report, workload, peer)
+            phases = []
+
+            def trl():
+                phases.append(peer.ask(do="step"))
+                return phases[-1]["seconds"]
+
+            reference = {name: jnp.array(value, copy=True) for name, value in workload.state.params.items()}
+            ours = partial(step, workload, reference, processor)
+            timings = measure({"ours": ours, "TRL": trl}, rounds=options.rounds)
+    tokens = size.prompts * size.samples * size.new_tokens
+    for name, timing in timings.items():
+        columns = {"seconds": timing.median, "low": timing.low, "high": timing.high, "first_call": timing.first}
+        report.row(system=name, **columns, tokens_per_second=tokens / timing.median)
+    sampling = float(np.median([phase["sampling"] for phase in phases[1:]]))
+    report.note(f"of TRL's step, sampling takes {sampling:.3g} s")
+    report.note(f"peer: {peer.ready['versions']}, {peer.ready['threads']} threads")
+    report.note(LACKING)
+    judge(report, "whole step against TRL", timings["TRL"].median / timings["ours"].median, STEP_TARGET)
+    report.finish(options.json)
+
+
+def step(workload: Workload, reference: Params, processor: Processor) -> dict[str, Any]:
+    """Take one of our steps, as jgrpo.train_grpo does; return the update's metrics."""
+    workload.encoded = workload.encode()
+    out = jax.device_get(workload.rollout())
+    processor.decode(out)
+    tokens = place(out.tokens, workload.run.mesh)
+    rest = (workload.frozen, workload.batch, workload.encoded, tokens)
+    ref_logp = workload.run.programs.score(reference, *rest)
+    rewards = (out.tokens % 2 == 0).mean(-1)
+    learnt = {"mask": out.mask, "old_logp": out.logp, "advantage": advantages(rewards, "group")}
+    return workload.update(Targets(tokens=tokens, ref_logp=ref_logp, **place(learnt, workload.run.mesh)))
+
+
+def check(report: Report, workload: Workload, peer: Peer) -> None:
+    """Compare the log-probs in TRL's first loss with ours for the same tokens, and with ours of silence.
+
+    Raises:
+        UserError: a gradient pass without audio, or log-probs that differ.
+    """
+    found = peer.ask(do="check")
+    order = np.argsort(found["rows"], kind="stable")
+    shape = (workload.size.prompts, workload.size.samples, workload.size.new_tokens)
+    tokens = np.array(found["tokens"], np.int32)[order].reshape(shape)
+    theirs = np.array(found["logps"], np.float32)[order].reshape(shape)
+    silent = dataclasses.replace(workload.batch, features=jnp.zeros_like(workload.batch.features))
+    difference = np.abs(theirs - full_logprobs(workload, workload.batch, tokens)).max()
+    unheard = np.abs(theirs - full_logprobs(workload, silent, tokens)).max()
+    text = (
+        f"check: {found['audio']} of {found['gradient']} gradient passes of TRL heard the audio; its log-probs differ "
+        f"from ours by {difference:.1e} at most, from ours of silence by {unheard:.1e}"
+    )
+    if found["audio"] != found["gradient"] or difference > AGREEMENT or unheard < 10 * AGREEMENT:
+        raise UserError(text + f"; allowed are {AGREEMENT:g} and at least {10 * AGREEMENT:g}")
+    report.note(text)
+
+
+def full_logprobs(workload: Workload, batch: Batch, tokens: np.ndarray) -> np.ndarray:
+    """Return log-probs [P, G, T] over all of the vocabulary: TRL's loss does not leave `<|audio|>` out of it."""
+    run = workload.run
+
+    @jax.jit
+    def compute(params, frozen):
+        model = run.definition.bind(frozen, params)
+        hidden = model.completion_hidden(batch, model.encode(batch.features, batch.lengths), tokens)
+        return chunked_logprobs(hidden, tokens, model.logits, chunk_tokens=4096, temperature=1.0)[0]
+
+    with jax.set_mesh(run.mesh):
+        return np.asarray(compute(workload.state.params, workload.frozen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

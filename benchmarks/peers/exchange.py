@@ -1,0 +1,67 @@
+"""What our side and a peer's share: the exported weights, the inputs, and the turns of a comparison."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.harness import Report
+from benchmarks.peers.conversation import Peer
+from benchmarks.peers.environments import ROOT, add_argument, interpreter
+from benchmarks.workload import Workload
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what every comparison with a peer asks for."""
+    add_argument(parser)
+    parser.add_argument("--log", type=Path, default=Path("build") / "peer.log", help="file for what the peer prints")
+    return parser
+
+
+@contextmanager
+def exported(workload: Workload) -> Iterator[Path]:
+    """Write a workload as `model/` and `inputs.npz`, which the torch peers read; yield their directory."""
+    with TemporaryDirectory() as name:
+        directory = Path(name)
+        workload.export(directory / "model")
+        batch = jax.device_get(workload.batch)
+        queries = batch.audio_slots.max() + 1
+        np.savez(
+            directory / "inputs.npz",
+            tokens=batch.tokens,
+            features=batch.features[:, 0],
+            audio=np.ones((len(batch.tokens), queries), bool),
+        )
+        yield directory
+
+
+def torch_settings(workload: Workload, directory: Path, **more: Any) -> dict[str, Any]:
+    """Return the settings of a torch peer."""
+    size = workload.size
+    return {
+        "directory": str(directory),
+        "samples": size.samples,
+        "new_tokens": size.new_tokens,
+        "dtype": size.dtype,
+        "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
+        **more,
+    }
+
+
+def start(side: str, environment: str, settings: dict[str, Any], arguments: argparse.Namespace) -> Peer:
+    """Start a peer's side, `side_NAME`, in its environment."""
+    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    # Not resolved: a virtual environment is known by the path of its interpreter, which is a link.
+    python = interpreter(environment, arguments.environments.absolute())
+    command = [str(python), "-m", f"benchmarks.peers.side_{side}"]
+    return Peer(side, command, settings, log=arguments.log.absolute(), cwd=ROOT)
+
+
+def judge(report: Report, what: str, ratio: float, target: float) -> None:
+    """Note whether a ratio meets its target."""
+    report.note(f"{'PASS' if ratio >= target else 'FAIL'}: {what} {ratio:.2f} x, target {target:g} x")
