@@ -10,7 +10,7 @@ turns, each in a process of its own. Ours includes the audio encoder, as `genera
 import sys
 
 from benchmarks.harness import Report, arguments, measure
-from benchmarks.peers.exchange import add_arguments, exported, judge, start, torch_settings
+from benchmarks.peers.exchange import add_arguments, exported, judge, start, timing_rows, torch_settings
 from benchmarks.workload import Size, Workload
 from model_port.errors import UserError
 
@@ -25,7 +25,7 @@ def main() -> int:
     """Measure and print."""
     parser = add_arguments(arguments(__doc__))
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers' decoder")
-    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of transformers' decoder")
+    parser.add_argument("--cache", choices=("dynamic", "static"), default="static", help="of transformers' decoder")
     options = parser.parse_args()
     try:
         compare(options)
@@ -51,10 +51,7 @@ def compare(options) -> None:
             timings = measure(
                 {"ours": ours, "generate": lambda: peer.ask(do="rollout")["seconds"]}, rounds=options.rounds
             )
-    tokens = size.prompts * size.samples * size.new_tokens
-    for name, timing in timings.items():
-        columns = {"seconds": timing.median, "low": timing.low, "high": timing.high, "first_call": timing.first}
-        report.row(system=name, **columns, tokens_per_second=tokens / timing.median)
+    timing_rows(report, size, timings)
     report.note(f"peer: {peer.ready['versions']}, {peer.ready['threads']} threads")
     report.note(LACKING)
     judge(report, "rollout against generate", timings["generate"].median / timings["ours"].median, TARGET)

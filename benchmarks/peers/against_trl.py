@@ -20,14 +20,12 @@ import numpy as np
 
 from benchmarks.harness import Report, arguments, measure
 from benchmarks.peers.conversation import Peer
-from benchmarks.peers.exchange import add_arguments, exported, judge, start, torch_settings
+from benchmarks.peers.exchange import add_arguments, exported, full_logprobs, judge, start, timing_rows, torch_settings
 from benchmarks.workload import Size, Workload
-from jgrpo.core.logprobs import chunked_logprobs
 from jgrpo.options import OptimiserOptions
 from jgrpo.rollout import advantages
 from jgrpo.runtime.rows import place
 from jgrpo.steps import Targets
-from model_port.batch import Batch
 from model_port.errors import UserError
 from model_port.params import Params
 from model_port.processor import Processor
@@ -77,10 +75,7 @@ def compare(options) -> None:
             reference = {name: jnp.array(value, copy=True) for name, value in workload.state.params.items()}
             ours = partial(step, workload, reference, processor)
             timings = measure({"ours": ours, "TRL": trl}, rounds=options.rounds)
-    tokens = size.prompts * size.samples * size.new_tokens
-    for name, timing in timings.items():
-        columns = {"seconds": timing.median, "low": timing.low, "high": timing.high, "first_call": timing.first}
-        report.row(system=name, **columns, tokens_per_second=tokens / timing.median)
+    timing_rows(report, size, timings)
     sampling = float(np.median([phase["sampling"] for phase in phases[1:]]))
     report.note(f"of TRL's step, sampling takes {sampling:.3g} s")
     report.note(f"peer: {peer.ready['versions']}, {peer.ready['threads']} threads")
@@ -123,20 +118,6 @@ def check(report: Report, workload: Workload, peer: Peer) -> None:
     if found["audio"] != found["gradient"] or difference > AGREEMENT or unheard < 10 * AGREEMENT:
         raise UserError(text + f"; allowed are {AGREEMENT:g} and at least {10 * AGREEMENT:g}")
     report.note(text)
-
-
-def full_logprobs(workload: Workload, batch: Batch, tokens: np.ndarray) -> np.ndarray:
-    """Return log-probs [P, G, T] over all of the vocabulary: TRL's loss does not leave `<|audio|>` out of it."""
-    run = workload.run
-
-    @jax.jit
-    def compute(params, frozen):
-        model = run.definition.bind(frozen, params)
-        hidden = model.completion_hidden(batch, model.encode(batch.features, batch.lengths), tokens)
-        return chunked_logprobs(hidden, tokens, model.logits, chunk_tokens=4096, temperature=1.0)[0]
-
-    with jax.set_mesh(run.mesh):
-        return np.asarray(compute(workload.state.params, workload.frozen))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.harness import Report
+from benchmarks.harness import Report, Timing
 from benchmarks.peers.conversation import Peer
 from benchmarks.peers.environments import ROOT, add_argument, interpreter
-from benchmarks.workload import Workload
+from benchmarks.workload import Size, Workload
+from jgrpo.core.logprobs import chunked_logprobs
+from model_port.batch import Batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -60,6 +62,28 @@ def start(side: str, environment: str, settings: dict[str, Any], arguments: argp
     python = interpreter(environment, arguments.environments.absolute())
     command = [str(python), "-m", f"benchmarks.peers.side_{side}"]
     return Peer(side, command, settings, log=arguments.log.absolute(), cwd=ROOT)
+
+
+def full_logprobs(workload: Workload, batch: Batch, tokens: np.ndarray) -> np.ndarray:
+    """Return log-probs [P, G, T] over all of the vocabulary: the peers do not leave `<|audio|>` out of it."""
+    run = workload.run
+
+    @jax.jit
+    def compute(params, frozen):
+        model = run.definition.bind(frozen, params)
+        hidden = model.completion_hidden(batch, model.encode(batch.features, batch.lengths), tokens)
+        return chunked_logprobs(hidden, tokens, model.logits, chunk_tokens=4096, temperature=1.0)[0]
+
+    with jax.set_mesh(run.mesh):
+        return np.asarray(compute(workload.state.params, workload.frozen))
+
+
+def timing_rows(report: Report, size: Size, timings: dict[str, Timing]) -> None:
+    """Add a row per system; tokens per second are those of all completions."""
+    tokens = size.prompts * size.samples * size.new_tokens
+    for name, timing in timings.items():
+        columns = {"seconds": timing.median, "low": timing.low, "high": timing.high, "first_call": timing.first}
+        report.row(system=name, **columns, tokens_per_second=tokens / timing.median)
 
 
 def judge(report: Report, what: str, ratio: float, target: float) -> None:

@@ -152,6 +152,7 @@ def config(settings: dict[str, Any], rows: int) -> GRPOConfig:
         num_generations=settings["samples"],
         max_completion_length=settings["new_tokens"],
         generation_kwargs={"suppress_tokens": [settings["audio_token"]]},
+        cache_implementation=None if settings["cache"] == "dynamic" else settings["cache"],
         temperature=1.0,
         beta=settings["beta"],
         learning_rate=settings["learning_rate"],
