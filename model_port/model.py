@@ -15,7 +15,7 @@ from model_port.batch import Batch
 from model_port.config import GraniteSpeechConfig
 from model_port.conformer import Encoder
 from model_port.decoder import Decoder
-from model_port.layers import MASKED, Linear
+from model_port.layers import MASKED, Linear, product
 from model_port.qformer import Projector
 
 
@@ -81,12 +81,8 @@ class GraniteSpeech(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return float32 logits, divided by `logits_scaling`."""
-        if self.lm_head is None:
-            kernel = self.decoder.embed_tokens.embedding[...].astype(hidden.dtype)
-            out = jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
-        else:
-            kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-            out = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        kernel = self.decoder.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        out = product(hidden, kernel.astype(hidden.dtype), 0, jnp.float32)
         return out / self.config.decoder.logits_scaling
 
     def policy_logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
