@@ -7,12 +7,12 @@ Same weights and features, temperature 1, nothing truncated, every completion of
 turns, each in a process of its own. Ours includes the audio encoder, as `generate` does.
 """
 
+import argparse
 import sys
 
 from benchmarks.harness import Report, arguments, measure
-from benchmarks.peers.exchange import add_arguments, exported, judge, start, timing_rows, torch_settings
+from benchmarks.peers.exchange import add_arguments, exported, judge, run, start, timing_rows, torch_settings
 from benchmarks.workload import Size, Workload
-from model_port.errors import UserError
 
 TARGET = 2.0
 LACKING = (
@@ -21,21 +21,16 @@ LACKING = (
 )
 
 
-def main() -> int:
+def main(command: list[str] | None = None) -> int:
     """Measure and print."""
     parser = add_arguments(arguments(__doc__))
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers' decoder")
     parser.add_argument("--cache", choices=("dynamic", "static"), default="static", help="of transformers' decoder")
-    options = parser.parse_args()
-    try:
-        compare(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(command)
+    return run(compare, options, environment="trl")
 
 
-def compare(options) -> None:
+def compare(options: argparse.Namespace) -> None:
     """Run both sides in turns."""
     size = Size.of(options)
     workload = Workload(size)

@@ -9,6 +9,7 @@ Features are made ahead of time on both sides. TRL's trainer is a subclass that 
 first it is checked that every gradient forward pass hears it and that its log-probs are ours.
 """
 
+import argparse
 import dataclasses
 import sys
 from functools import partial
@@ -20,7 +21,16 @@ import numpy as np
 
 from benchmarks.harness import Report, arguments, measure
 from benchmarks.peers.conversation import Peer
-from benchmarks.peers.exchange import add_arguments, exported, full_logprobs, judge, start, timing_rows, torch_settings
+from benchmarks.peers.exchange import (
+    add_arguments,
+    exported,
+    full_logprobs,
+    judge,
+    run,
+    start,
+    timing_rows,
+    torch_settings,
+)
 from benchmarks.workload import Size, Workload
 from jgrpo.options import OptimiserOptions
 from jgrpo.rollout import advantages
@@ -39,22 +49,17 @@ LACKING = (
 )
 
 
-def main() -> int:
+def main(command: list[str] | None = None) -> int:
     """Measure and print."""
     parser = add_arguments(arguments(__doc__))
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers' decoder")
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of transformers' decoder")
     parser.add_argument("--micro-batch", type=int, default=0, help="completions of a backward pass in TRL; 0 for all")
-    options = parser.parse_args()
-    try:
-        compare(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(command)
+    return run(compare, options, environment="trl")
 
 
-def compare(options) -> None:
+def compare(options: argparse.Namespace) -> None:
     """Check, then run both sides in turns."""
     size = Size.of(options)
     settings = {"attention": options.attention, "cache": options.cache, "micro_batch": options.micro_batch}

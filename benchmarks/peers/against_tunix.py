@@ -8,6 +8,7 @@ prompt is as long as a completion unless --text-tokens says otherwise. Of tunix'
 measured, not what its trainer logs around it.
 """
 
+import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 
 from benchmarks.harness import Report, arguments, measure
 from benchmarks.peers.conversation import Peer
-from benchmarks.peers.exchange import add_arguments, full_logprobs, judge, start, timing_rows
+from benchmarks.peers.exchange import add_arguments, full_logprobs, judge, run, start, timing_rows
 from benchmarks.peers.text import TextWorkload
 from benchmarks.workload import Size
 from jgrpo.steps import Targets
@@ -33,18 +34,13 @@ LACKING = (
 )
 
 
-def main() -> int:
+def main(command: list[str] | None = None) -> int:
     """Measure and print."""
-    options = add_arguments(arguments(__doc__, text_tokens=64)).parse_args()
-    try:
-        compare(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    options = add_arguments(arguments(__doc__, text_tokens=64)).parse_args(command)
+    return run(compare, options, environment="tunix")
 
 
-def compare(options) -> None:
+def compare(options: argparse.Namespace) -> None:
     """Check, then run both sides in turns."""
     size = Size.of(options)
     workload = TextWorkload(size, beta=BETA, learning_rate=LEARNING_RATE)

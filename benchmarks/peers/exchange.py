@@ -1,7 +1,8 @@
 """What our side and a peer's share: the exported weights, the inputs, and the turns of a comparison."""
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ from benchmarks.peers.environments import ROOT, add_argument, interpreter
 from benchmarks.workload import Size, Workload
 from jgrpo.core.logprobs import chunked_logprobs
 from model_port.batch import Batch
+from model_port.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -23,6 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_argument(parser)
     parser.add_argument("--log", type=Path, default=Path("build") / "peer.log", help="file for what the peer prints")
     return parser
+
+
+def run(compare: Callable[[argparse.Namespace], None], options: argparse.Namespace, *, environment: str) -> int:
+    """Make a comparison if the peer's environment is there; print what the user can mend and return the exit status."""
+    try:
+        interpreter(environment, options.environments)
+        compare(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 @contextmanager
