@@ -27,7 +27,7 @@ from model_port.errors import UserError
 
 TARGETS = {"rollout": 1.0, "update": 1.5}
 BETA, LEARNING_RATE = 0.02, 1e-5
-AGREEMENT = 1e-4  # of log-probs
+AGREEMENT = 1e-4  # of log-probs in float32
 LACKING = (
     "tunix lacks a prompt computed once per group (it runs once per sample in rollout and update), log-probs without "
     "an array of all logits, any audio"
