@@ -6,8 +6,6 @@ leaves. What is computed a second time (the logits of a chunk, layers under rema
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -21,48 +19,45 @@ FRAMES = re.compile(r"projector\.layers\.cross_attn\.(key|value)\.kernel")
 QUERIES = re.compile(r"projector\.(?!layers\.cross_attn\.(key|value)\.).*kernel")
 
 
-@dataclass(frozen=True)
 class Peak:
-    """What the device reaches on what it does best.
+    """What the default device reaches on what it does best, to be measured beside the rest.
 
     Attributes:
-        matrix: () to a chain of square matrix products, of `flops`.
-        stream: () to an array read and written, of `nbytes` together.
+        flops: of a call of `matrix`.
+        nbytes: that a call of `stream` reads and writes.
     """
 
-    matrix: Callable[[], jax.Array]
-    flops: float
-    stream: Callable[[], jax.Array]
-    nbytes: float
-
-    @classmethod
-    def of(cls, dtype: str) -> "Peak":
-        """Return what to measure on the default device: sizes beyond its caches, and not many times more."""
+    def __init__(self, dtype: str):
         cpu = jax.default_backend() == "cpu"
+        # Beyond the caches, and not many times more.
         width, length, count = (1536, 2**26, 2) if cpu else (8192, 2**30, 8)
-        square = jnp.full((width, width), 1 / width, dtype)
-        long = jnp.ones(length, jnp.float32)
 
         @jax.jit
-        def matrix(x, weights):
+        def chain(x, weights):
             for _ in range(count):
                 x = x @ weights
             return x
 
-        stream = jax.jit(lambda x: x + 1)
-        return cls(
-            matrix=lambda: matrix(square, square),
-            flops=2.0 * count * width**3,
-            stream=lambda: stream(long),
-            nbytes=2.0 * long.nbytes,
-        )
+        self._chain, self._square = chain, jnp.full((width, width), 1 / width, dtype)
+        # In place: new memory costs a CPU more than reading and writing it.
+        self._add, self._long = jax.jit(lambda x: x + 1, donate_argnums=0), jnp.ones(length, jnp.float32)
+        self.flops, self.nbytes = 2.0 * count * width**3, 2.0 * self._long.nbytes
+
+    def matrix(self) -> jax.Array:
+        """Multiply square matrices."""
+        return self._chain(self._square, self._square)
+
+    def stream(self) -> jax.Array:
+        """Read and write a long array."""
+        self._long = self._add(self._long)
+        return self._long
 
     def flops_per_second(self, timing: Timing) -> float:
-        """Return the rate of the matrix products in their best round."""
+        """Return the rate of `matrix` in its best round."""
         return self.flops / timing.low
 
     def bytes_per_second(self, timing: Timing) -> float:
-        """Return the rate of the stream in its best round."""
+        """Return the rate of `stream` in its best round."""
         return self.nbytes / timing.low
 
 

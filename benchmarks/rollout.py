@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     wanted = chosen({"rollout": None, **ablations, "layouts": None}, options.only)
     base = Workload(size)
-    peak = Peak.of(size.dtype)
+    peak = Peak(size.dtype)
     cases = {
         "encode": base.encode,
         "prefill": lambda: base.rollout(1),

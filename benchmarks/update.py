@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if name in OPTIONS:
             other = base.variant(**OPTIONS[name])
             workloads[name] = (other, other.targets(completions))
-    peak = Peak.of(size.dtype)
+    peak = Peak(size.dtype)
     first = {}
 
     def step(name):
