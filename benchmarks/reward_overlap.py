@@ -23,8 +23,8 @@ FREE = "length"  # a reward that costs next to nothing
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; return what is written as JSON."""
-    parser = arguments(__doc__, rounds=2)
-    parser.add_argument("--steps", type=int, default=6, help="of every run that are measured, after two that are not")
+    parser = arguments(__doc__, rounds=1)
+    parser.add_argument("--steps", type=int, default=8, help="of every run that are measured, after two that are not")
     options = parser.parse_args(argv)
     size = Size.of(options)
     every = {f"{count} chunk{'s' if count > 1 else ''}": count for count in CHUNKS if size.prompts % count == 0}
