@@ -265,11 +265,16 @@ def open_run_dir(config: RunConfig, directory: Path) -> RunCheckpoints:
 def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> None:
     """Count the step, evaluate where it is time, write its metrics, save, and stop if that is asked for.
 
+    A checkpoint is written while the next step is computed, and before that step counts it is complete: a run that is
+    killed at any moment, in a save too, loses at most `checkpoint.every` finished steps and the one in progress.
+
     Raises:
         UserError: more updates than allowed were skipped.
         Stopped: SIGTERM came.
     """
     config = run.config
+    with run.timer("checkpoint"):
+        run.checkpoints.wait()
     run.step += 1
     if metrics["skipped"]:
         run.skipped += round(metrics["skipped"])
@@ -293,7 +298,8 @@ def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> N
     run.progress.update(run.step, shown)
     reason = why_stop(run, metrics)
     host = {"skipped": run.skipped, "best": run.best, "data": {"next_index": run.step, "seed": config.seed}}
-    run.checkpoints.save(run.step, run.state, host, force=last or reason is not None)
+    with run.timer("checkpoint"):
+        run.checkpoints.save(run.step, run.state, host, force=last or reason is not None)
     if reason is not None:
         raise reason
 

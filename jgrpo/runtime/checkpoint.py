@@ -36,8 +36,11 @@ class RunCheckpoints:
     """The newest checkpoints of one run, in `directory/<step>/`.
 
     Saving copies the arrays to the host and writes in the background; a checkpoint appears under its name only when it
-    is complete. Each holds a sum of the bits of every array, so that a flipped bit, which storage may not report, is
-    damage like a missing file. All processes of a run call every method, on a directory that they share.
+    is complete, which `wait` waits for. Whoever calls `wait` before counting the first step after a `save` has a newest
+    checkpoint that is never more than `save_every` counted steps old.
+
+    Each holds a sum of the bits of every array, so that a flipped bit, which storage may not report, is damage like a
+    missing file. All processes of a run call every method, on a directory that they share.
 
     Args:
         directory: made if absent. What an interrupted save left there is removed, aloud.

@@ -15,6 +15,7 @@ import pytest
 
 from jgrpo import cli, setup
 from jgrpo.config import load_config
+from jgrpo.runtime.metrics import MetricsWriter
 from jgrpo.train_sft import train_sft
 from model_port.weights.orbax_files import read_orbax
 from tests.e2e.conftest import assert_same_bits, interruption, read_rows, saved_arrays, train, validated
@@ -115,6 +116,29 @@ def damage(checkpoint: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def test_a_step_counts_once_the_checkpoint_before_it_is_complete(work, monkeypatch):
+    """Writing takes longer than a step; still the newest checkpoint is never more than an interval behind the log."""
+    run, rename, write = work.root / "slow_disk", os.rename, MetricsWriter.write
+    complete = {}
+
+    def slow(source, target, **options):
+        if "orbax-checkpoint-tmp" in str(source):
+            time.sleep(0.5)
+        return rename(source, target, **options)
+
+    def logged(self, step, metrics):
+        write(self, step, metrics)
+        steps = (path.name for path in (run / "checkpoints").iterdir())
+        complete[step] = max((int(name) for name in steps if name.isdigit()), default=0)
+
+    monkeypatch.setattr(os, "rename", slow)
+    monkeypatch.setattr(MetricsWriter, "write", logged)
+    train(work.sft, run, "--num-steps", "6", *EVERY_SECOND)
+    assert complete == {1: 0, 2: 0, 3: 2, 4: 2, 5: 4, 6: 4}
+    seconds = {row["step"]: row["seconds/checkpoint"] for row in read_rows(run / "metrics.jsonl")}
+    assert min(seconds[3], seconds[5]) > 0.2 and seconds[4] < 0.2
 
 
 def test_a_finished_run_started_again_changes_nothing(work, grpo_run, capsys):
