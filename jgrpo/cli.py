@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Literal
 
 import tyro
@@ -127,6 +127,7 @@ def run_eval(arguments: list[str]) -> None:
     from jgrpo.report import evaluation_table
     from jgrpo.runtime.distributed import joined
     from jgrpo.setup import evaluate_model
+    from model_port.paths import as_path, resolved
 
     summary = (
         "The scores of eval.metrics on the sets of data.test: of the policy in the run directory, of the base "
@@ -134,20 +135,21 @@ def run_eval(arguments: list[str]) -> None:
     )
     config, rest = read_config("eval", arguments, RunConfig, summary)
     parser = argparse.ArgumentParser(prog=f"jgrpo eval {arguments[0]}", add_help=False, allow_abbrev=False)
-    parser.add_argument("--policy", type=Path, metavar="MODEL")
+    parser.add_argument("--policy", metavar="MODEL")
     chosen, rest = parser.parse_known_args(rest)
     config = override(config, rest, prog=f"jgrpo eval {arguments[0]} [--policy MODEL]")
     sets = set_names(config.data.test)
-    base, trained = config.model.path, Path(config.run_dir) / "policy"
+    base, run_dir = config.model.path, as_path(config.run_dir)
+    trained = run_dir / "policy"
     policy = chosen.policy or (trained if trained.exists() else None)
     if policy is None:
         print(f"{trained} does not exist yet: evaluating the base, {config.model.path}")
     else:
         config = with_model(config, policy)
         print(f"evaluating {policy}")
-    is_base = Path(config.model.path).resolve() == Path(base).resolve()
+    is_base = resolved(config.model.path) == resolved(base)
     paper = base_row(config.paper) if config.paper and is_base else config.paper
-    out = Path(config.run_dir) / "eval" / result_name(Path(config.model.path), trained)
+    out = run_dir / "eval" / result_name(as_path(config.model.path), trained)
     with joined(config.distributed):
         results = evaluate_model(config, sets, out=out)
     for name, result in results.items():
@@ -155,7 +157,7 @@ def run_eval(arguments: list[str]) -> None:
     print(f"predictions and results.json are in {out}")
 
 
-def result_name(model: Path, trained: Path) -> str:
+def result_name(model: PurePath, trained: PurePath) -> str:
     """Return the directory of a model's results; a policy of another run goes by that run's name."""
     return model.parent.name if model.name == "policy" and model != trained else model.name
 

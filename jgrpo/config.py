@@ -7,6 +7,7 @@ directory the command is started in.
 import dataclasses
 import difflib
 import importlib.util
+import os
 import re
 import traceback
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from model_port.config import LORA_TARGETS
 from model_port.errors import UserError
 from model_port.generate import check_sampling
 from model_port.partition import MeshConfig, check_divides
+from model_port.paths import as_path
 
 # The least value of fields that are counts or sizes.
 LEAST = {
@@ -76,7 +78,7 @@ class RunConfig:
     """What supervised fine-tuning and GRPO have in common."""
 
     run_dir: str
-    """Directory of everything the run writes; started again with the same config, the run resumes there."""
+    """Directory of everything the run writes, on a disk or gs://; started again with the same config, it resumes."""
     model: ModelOptions
     data: DataOptions
     num_steps: int
@@ -112,11 +114,7 @@ class RunConfig:
         """
         check_types(self)
         check_least(self, LEAST)
-        if "://" in self.run_dir:
-            raise UserError(
-                f"run_dir is {self.run_dir}; a directory of the file system is needed: mount the bucket or a share, at "
-                "the same place on all hosts"
-            )
+        as_path(self.run_dir)
         if self.prompts_per_step % self.micro_batches:
             raise UserError(
                 f"prompts_per_step {self.prompts_per_step} must be a multiple of micro_batches {self.micro_batches}"
@@ -334,7 +332,7 @@ def _explain(error: Exception) -> str:
     return f"{unknown[1]} has no field {unknown[2]}{guess} It has {', '.join(names)}"
 
 
-def with_model(config: RunConfig, path: str | Path) -> RunConfig:
+def with_model(config: RunConfig, path: str | os.PathLike) -> RunConfig:
     """Return a config that evaluates the model directory as it is."""
     model = dataclasses.replace(config.model, path=str(path), lora="keep", trainable=("projector",))
     return dataclasses.replace(config, model=model)

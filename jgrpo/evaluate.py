@@ -5,11 +5,11 @@ draws of a seed depend on the seed and the example alone, not on the batch or on
 """
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jgrpo.steps import Programs
 from model_port.batch import Completions
 from model_port.errors import UserError
 from model_port.params import Params
+from model_port.paths import as_path
 from model_port.processor import Processor
 
 EVALUATION = 2  # the purpose folded into a key; see jgrpo.rollout for training's
@@ -228,9 +229,10 @@ def example_keys(seeds: Sequence[int], indices: np.ndarray) -> jax.Array:
     return jax.vmap(over_seeds, (None, 0))(np.asarray(seeds, np.uint32), np.asarray(indices, np.uint32))
 
 
-def write_predictions(evaluation: Evaluation, path: Path) -> None:
+def write_predictions(evaluation: Evaluation, path: str | os.PathLike) -> None:
     """Write one JSON object per example; of several processes, only the first writes."""
     if jax.process_index() != 0:
         return
+    path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions))

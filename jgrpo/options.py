@@ -171,7 +171,7 @@ class CheckpointOptions:
     """What survives a kill."""
 
     every: int = 50
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints, which is what a kill loses at most; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints that stay on disk."""
 

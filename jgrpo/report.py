@@ -1,6 +1,7 @@
 """What a person looks at after a run: tables, curves, completions."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jgrpo.paper import COLUMNS, paper_row
+from model_port.paths import as_path
 
 SMOOTHING = 15  # steps in the running mean of the reward curve
 TITLES = {"base": "base", "sft": "+ SFT", "grpo": "+ GRPO"}
@@ -24,9 +26,9 @@ METRIC_TITLES = {
 }
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (as_path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def step_seconds(rows: list[dict[str, Any]]) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 from jgrpo.config import RunConfig
 from model_port.errors import UserError
+from model_port.paths import as_path, write_whole
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
 FREE_TO_CHANGE = (
@@ -28,8 +29,9 @@ FREE_TO_CHANGE = (
 )
 
 
-def check_same_run(config: RunConfig, path: Path) -> None:
+def check_same_run(config: RunConfig, path: str | os.PathLike) -> None:
     """Raise a UserError if the file that `save_config` wrote describes another run; it names the fields that differ."""
+    path = as_path(path)
     try:
         saved = json.loads(path.read_text())
     except ValueError as error:
@@ -47,11 +49,9 @@ def check_same_run(config: RunConfig, path: Path) -> None:
         )
 
 
-def save_config(config: RunConfig, path: Path) -> None:
+def save_config(config: RunConfig, path: str | os.PathLike) -> None:
     """Write the resolved config as JSON, with the kind of run."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_resolved(config), indent=2) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(_resolved(config), indent=2) + "\n")
 
 
 def _resolved(config: RunConfig) -> dict[str, Any]:

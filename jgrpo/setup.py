@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import json
-import shutil
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -21,11 +21,12 @@ from jgrpo.data.run import describe, evaluation_data, training_data
 from jgrpo.encode import ClipEncoder
 from jgrpo.evaluate import Evaluation, Passes, check_metrics, evaluate, write_predictions
 from jgrpo.layout import choose_weights
-from jgrpo.runtime.checkpoint import RunCheckpoints
+from jgrpo.runtime.checkpoint import RunCheckpoints, saved_steps
 from jgrpo.runtime.distributed import check_agreement
 from jgrpo.runtime.metrics import MetricsWriter
 from jgrpo.runtime.optimiser import make_optimiser
 from jgrpo.runtime.progress import Progress
+from jgrpo.runtime.replace import replaced
 from jgrpo.runtime.rows import gather, own_rows
 from jgrpo.runtime.stop import Stopped, StopRequest
 from jgrpo.runtime.timer import PhaseTimer
@@ -36,8 +37,10 @@ from model_port.errors import UserError
 from model_port.lora import add_lora
 from model_port.params import ModelDef, Params, select, split_model
 from model_port.partition import make_mesh, param_shardings
+from model_port.paths import as_path, resolved, write_whole
 from model_port.processor import Processor
 from model_port.weights.convert import directory_kind, load_model, save_model
+from model_port.weights.orbax_files import MANIFEST
 from model_port.weights.side_files import read_config
 from model_port.weights.tree import abstract_model
 
@@ -84,9 +87,9 @@ class Run:
     best: dict[str, Any] | None = None
 
     @property
-    def directory(self) -> Path:
+    def directory(self) -> epath.Path:
         """The run directory."""
-        return Path(self.config.run_dir)
+        return as_path(self.config.run_dir)
 
     def __enter__(self) -> "Run":
         return self
@@ -203,7 +206,7 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
         check_metrics(config)
         rows = own_rows(mesh, config.eval.batch_size)
         validation = evaluation_data(config, config.data.validation, processor, rows=rows)
-    directory = Path(config.run_dir)
+    directory = as_path(config.run_dir)
     checkpoints = open_run_dir(config, directory)
     policy = load_policy(config, processor)
     programs = policy_programs(policy, objective, updates=updates)
@@ -246,14 +249,14 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
     )
 
 
-def open_run_dir(config: RunConfig, directory: Path) -> RunCheckpoints:
+def open_run_dir(config: RunConfig, directory: epath.Path) -> RunCheckpoints:
     """Make the run directory, or check that the run which has saved something there is this one.
 
     Raises:
         UserError: another run's checkpoints, or a directory that cannot be made.
     """
     saved = directory / "config.json"
-    if saved.exists() and any(entry.name.isdigit() for entry in (directory / "checkpoints").glob("*")):
+    if saved.exists() and saved_steps(directory / "checkpoints"):
         check_same_run(config, saved)
     keep, every = config.checkpoint.keep, config.checkpoint.every
     try:
@@ -297,9 +300,12 @@ def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> N
     run.metrics.write(run.step, metrics)
     run.progress.update(run.step, shown)
     reason = why_stop(run, metrics)
+    force = last or reason is not None
     host = {"skipped": run.skipped, "best": run.best, "data": {"next_index": run.step, "seed": config.seed}}
     with run.timer("checkpoint"):
-        run.checkpoints.save(run.step, run.state, host, force=last or reason is not None)
+        if run.checkpoints.is_due(run.step, force=force):
+            run.metrics.flush()  # first: a run that goes on from a checkpoint goes on from metrics that reach up to it
+        run.checkpoints.save(run.step, run.state, host, force=force)
     if reason is not None:
         raise reason
 
@@ -351,25 +357,16 @@ def save_policy(run: Run) -> None:
     policy, options = run.policy, run.config.model
     trained = {name: value.astype(policy.trained[name].dtype) for name, value in run.state.params.items()}
     lora = "merge" if options.lora == "fresh" else options.lora
-    final, aside = run.directory / "policy", run.directory / "policy.new"
-    if jax.process_index() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-    save_model(
-        policy.definition.bind(policy.frozen, trained),
-        aside,
-        source_dir=options.path,
-        base=Path(options.path).resolve(),
-        base_lora=lora,
-        only=tuple(trained),
-    )
-    if jax.process_index() == 0:
-        # Two renames: a kill between them leaves no policy/, but a run that goes on writes it again.
-        old = run.directory / "policy.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            final.rename(old)
-        aside.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+    # A run that is killed in the middle may have no policy/, but writes it again when it goes on.
+    with replaced(run.directory / "policy", mark=MANIFEST) as directory:
+        save_model(
+            policy.definition.bind(policy.frozen, trained),
+            directory,
+            source_dir=options.path,
+            base=resolved(options.path),
+            base_lora=lora,
+            only=tuple(trained),
+        )
 
 
 def finish_run(run: Run) -> None:
@@ -378,8 +375,9 @@ def finish_run(run: Run) -> None:
         save_policy(run)
 
 
-def evaluate_model(config: RunConfig, paths: dict[str, str], *, out: Path) -> dict[str, Any]:
+def evaluate_model(config: RunConfig, paths: dict[str, str], *, out: str | os.PathLike) -> dict[str, Any]:
     """Evaluate `config.model` on data sets by name; write predictions and results.json under `out`; return those."""
+    out = as_path(out)
     config.validate()
     check_agreement(config)
     check_metrics(config)
@@ -397,5 +395,5 @@ def evaluate_model(config: RunConfig, paths: dict[str, str], *, out: Path) -> di
         write_predictions(result, out / f"{name}.jsonl")
         results[name] = result.summary()
     if jax.process_index() == 0:
-        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     return results

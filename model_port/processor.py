@@ -7,6 +7,7 @@ clip, prompts are left-aligned, and no system prompt appears that nobody asked f
 import functools
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from model_port.audio import load_audio
 from model_port.batch import Batch, Completions
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
+from model_port.paths import as_path, small_files_at_hand
 
 AUDIO_MARKER = "<|audio|>"
 PLACEHOLDER = "a system message to be cut out"
@@ -69,15 +71,19 @@ class Processor:
         self._gap = "" if self._prompt_ends_open() else " "
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, template: str | None = None) -> "Processor":
+    def from_pretrained(cls, path: str | os.PathLike, *, template: str | None = None) -> "Processor":
         """Read a Hugging Face or an Orbax model directory: both hold config.json and the tokenizer files.
 
         Raises:
             UserError: a missing file, or settings of another front end or tokenizer.
         """
-        path = Path(path)
-        if not (path / "config.json").is_file():
+        if not (as_path(path) / "config.json").is_file():
             raise UserError(f"{path} is not a model directory: it has no config.json.")
+        with small_files_at_hand(path) as directory:
+            return cls._read(directory, template)
+
+    @classmethod
+    def _read(cls, path: Path, template: str | None) -> "Processor":
         _check_front_end(path)
         config = GraniteSpeechConfig.from_hf(json.loads((path / "config.json").read_text()))
         try:

@@ -4,10 +4,10 @@ Nothing is shortened: a clip or a prompt that is cut no longer says what its ref
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from jgrpo.data.examples import Examples, refuse
 from jgrpo.data.tokens import TokenRows
 from model_port.errors import UserError
 from model_port.features import HOP, MIN_SAMPLES, SAMPLE_RATE, STACK, num_frames
+from model_port.paths import as_path, write_whole
 from model_port.processor import Processor
 
 FRAME_SECONDS = STACK * HOP / SAMPLE_RATE  # 20 ms per stacked frame
@@ -202,15 +203,13 @@ def summary(drops: Sequence[Drop]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
-def write_drops(drops: Sequence[Drop], path: Path) -> None:
+def write_drops(drops: Sequence[Drop], path: str | os.PathLike) -> None:
     """Write one JSON object per dropped example, or remove the file of an earlier start where there are none."""
     if not drops:
-        path.unlink(missing_ok=True)
+        as_path(path).unlink(missing_ok=True)
         return
-    partial = path.with_name(path.name + ".partial")
     lines = [
         {"data": drop.data, drop.unit: drop.row, "id": drop.id, "reason": drop.reason, "detail": drop.detail}
         for drop in drops
     ]
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -1,7 +1,7 @@
 """The data of a run, from its config, and what a person is told about it when the run starts."""
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ def read_training(options: DataOptions) -> Examples | list[Source]:
     ]
 
 
-def describe(data: PromptData, validation: PromptData | None, *, dropped: Path) -> Iterator[str]:
+def describe(data: PromptData, validation: PromptData | None, *, dropped: os.PathLike) -> Iterator[str]:
     """Give what is trained on, what of it was left out, and the shapes that programs may be compiled for.
 
     Args:

@@ -5,19 +5,22 @@ import logging
 import os
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from model_port.errors import UserError
+from model_port.paths import absolute, is_remote
 
 log = logging.getLogger(__name__)
+
+COMMITTED = "commit_success.txt"  # what Orbax writes last where a rename is not atomic
 
 
 class Restored(NamedTuple):
@@ -26,6 +29,12 @@ class Restored(NamedTuple):
     arrays: Any
     host: dict[str, Any]
     step: int
+
+
+def saved_steps(directory: str | os.PathLike) -> list[int]:
+    """Return the steps of the complete checkpoints in a directory of RunCheckpoints, in order; [] if it is absent."""
+    named = [path for path in _entries(absolute(directory)) if path.name.isdigit()]
+    return sorted(int(path.name) for path in named if not _is_unfinished(path))
 
 
 class DamagedCheckpoint(Exception):
@@ -43,7 +52,7 @@ class RunCheckpoints:
     missing file. All processes of a run call every method, on a directory that they share.
 
     Args:
-        directory: made if absent. What an interrupted save left there is removed, aloud.
+        directory: on a disk or gs://; made if absent. What an interrupted save left there is removed, aloud.
         keep: how many of the newest checkpoints to keep.
         save_every: `save` acts at multiples of this step, unless forced.
     """
@@ -51,12 +60,13 @@ class RunCheckpoints:
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2, save_every: int = 1):
         if keep < 1 or save_every < 1:
             raise UserError(f"keep is {keep} and save_every is {save_every}; both must be at least 1")
-        self._directory = Path(directory).absolute()
+        self._directory = absolute(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._save_every = save_every
         if jax.process_index() == 0:
-            for leftover in sorted(self._directory.glob("*.orbax-checkpoint-tmp*")):
-                log.warning("%s is a checkpoint whose save was interrupted: removing it", leftover)
+            for path in _entries(self._directory):
+                if _is_unfinished(path):
+                    log.warning("%s is a checkpoint whose save was interrupted: removing it", path)
         self._checkpointer = ocp.training.Checkpointer(
             self._directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -74,12 +84,16 @@ class RunCheckpoints:
         A failure to write in the background is raised by the next `save`, `wait` or `close`. A step that is saved
         already stays as it is.
         """
-        if (step % self._save_every and not force) or step == self.latest_step():
+        if not self.is_due(step, force=force):
             return False
         named = _named(arrays)
         record = {"arrays": _table(named, sums=_bit_sums(named)), "host": dict(host)}
         self._checkpointer.save_async(step, named, force=True, custom_metadata={**record, "crc32": _crc(record)})
         return True
+
+    def is_due(self, step: int, *, force: bool = False) -> bool:
+        """Return whether `save` would act."""
+        return (force or step % self._save_every == 0) and step != self.latest_step()
 
     def latest_step(self) -> int | None:
         """The newest step that is saved or being saved; None where there is none."""
@@ -172,6 +186,18 @@ class RunCheckpoints:
         self._checkpointer.reload()
 
 
+def _is_unfinished(checkpoint: epath.Path) -> bool:
+    """Return whether the save of a checkpoint has not come to its end: a disk tells by the name, a bucket by a mark."""
+    if is_remote(checkpoint):
+        return checkpoint.name.isdigit() and not (checkpoint / COMMITTED).exists()
+    return ".orbax-checkpoint-tmp" in checkpoint.name
+
+
+def _entries(directory: epath.Path) -> list[epath.Path]:
+    """Return what is in a directory; a bucket has none before there is something in it."""
+    return sorted(directory.iterdir()) if directory.exists() else []
+
+
 def _named(tree: PyTree) -> dict[str, Any]:
     """Leaves by dotted path: a name says which parameter it is, whatever NamedTuple or nnx.State holds it."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -193,7 +219,7 @@ def _table(named: Mapping[str, Any], sums: Mapping[str, int] | None = None) -> d
     }
 
 
-def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, where: Path) -> None:
+def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, where: epath.Path) -> None:
     """Raise a UserError naming the first parameter that differs between the checkpoint and the run."""
 
     def describe(entry):

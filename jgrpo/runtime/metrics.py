@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from model_port.errors import UserError
+from model_port.paths import as_path, is_remote, write_whole
+
+METRICS = "metrics.jsonl"
+FLUSH_SECONDS = 60  # between two uploads
 
 
 class MetricsWriter:
@@ -20,8 +26,12 @@ class MetricsWriter:
     A run that was killed and resumed reads like one that was not: opening drops what was recorded for `start_step` and
     later, because those steps will be recorded again.
 
+    A bucket cannot append. There, metrics.jsonl and TensorBoard's file grow in a temporary directory of this machine
+    and are uploaded whole by `flush`, which `write` calls once a minute: a kill loses what came after. Whoever calls
+    it before a checkpoint is saved loses none of the steps that the checkpoint stands for.
+
     Args:
-        run_dir: the run directory; made if absent.
+        run_dir: the run directory, on a disk or gs://; made if absent.
         start_step: the first step that will be written.
         process_index: only process 0 writes; what the others are given is dropped.
 
@@ -30,15 +40,19 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: str | os.PathLike, start_step: int = 0, *, process_index: int = 0):
-        self._completions = Path(run_dir) / "completions"
+        self._run_dir = as_path(run_dir)
+        self._completions = self._run_dir / "completions"
         self._file = None
         self._board = None
+        self._scratch = None
         if process_index == 0:
             self._completions.mkdir(parents=True, exist_ok=True)
-            path = Path(run_dir) / "metrics.jsonl"
+            directory = self._growing_files()
+            path = directory / METRICS
             _drop_from(path, start_step)
             self._file = path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=start_step, flush_secs=10)
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step, flush_secs=10)
+            self.flush()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line {"step": step, **metrics}; a non-finite float becomes null."""
@@ -50,19 +64,43 @@ class MetricsWriter:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """See that all that was written is where the run directory is."""
+        self._flushed = time.monotonic()
+        if self._scratch is None:
+            return
+        self._board.flush()
+        for file in Path(self._scratch.name).rglob("*"):
+            if file.is_file():
+                (self._run_dir / file.relative_to(self._scratch.name)).write_bytes(file.read_bytes())
 
     def write_completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write one JSON object per row to completions/step_{step:06d}.jsonl, all of it or nothing."""
         if self._file is not None:
-            path = self._completions / f"step_{step:06d}.jsonl"
-            _replace(path, "".join(_line(plain(row)) for row in rows))
+            write_whole(self._completions / f"step_{step:06d}.jsonl", "".join(_line(plain(row)) for row in rows))
 
     def close(self) -> None:
         """Flush and close the files; a second call does nothing."""
         if self._file is not None:
             self._file.close()
             self._board.close()
+            self.flush()
             self._file = self._board = None
+            if self._scratch is not None:
+                self._scratch.cleanup()
+
+    def _growing_files(self) -> Path:
+        """Return the directory of the files that are appended to, with the metrics so far."""
+        if not is_remote(self._run_dir):
+            return Path(self._run_dir)
+        self._scratch = tempfile.TemporaryDirectory(prefix="jgrpo-")
+        directory, metrics = Path(self._scratch.name), self._run_dir / METRICS
+        if metrics.exists():
+            (directory / METRICS).write_bytes(metrics.read_bytes())
+        return directory
 
 
 def plain(value: Any) -> Any:
@@ -80,13 +118,6 @@ def plain(value: Any) -> Any:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write the whole file or leave the old one, whenever the process is killed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _drop_from(path: Path, start_step: int) -> None:
@@ -107,4 +138,4 @@ def _drop_from(path: Path, start_step: int) -> None:
             ) from error
         if step < start_step:
             kept.append(line.decode("utf-8") + "\n")
-    _replace(path, "".join(kept))
+    write_whole(path, "".join(kept))

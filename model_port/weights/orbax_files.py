@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
+from model_port.paths import absolute, is_remote
 from model_port.silence import quiet_absl
 from model_port.weights import chunk_files, names
 from model_port.weights.lazy import LazyArray
@@ -84,12 +85,12 @@ def write_orbax(
     Raises:
         UserError: `path` exists and is not empty, or it does not fit on its disk.
     """
-    path = _absolute(path)
+    path = absolute(path)
     dtypes = {np.dtype(array.dtype).name for array in arrays.values()}
     manifest = {
         "format": FORMAT,
         "dtype": dtypes.pop() if len(dtypes) == 1 else "mixed",
-        "base": None if base is None else _reference(_absolute(base), path),
+        "base": None if base is None else _reference(absolute(base), path),
         "base_lora": base_lora,
         "converted": converted,
     }
@@ -103,16 +104,20 @@ def write_orbax(
 
 
 def _write_params(path: epath.Path, arrays: Mapping[str, Any], progress: Callable[[int], None]) -> None:
-    """Write what is in memory by Orbax, group by group, then what is still to be read into the places Orbax made."""
+    """Write what is in memory by Orbax, group by group, then what is still to be read into the places it made."""
     lazy = {name: array for name, array in arrays.items() if isinstance(array, LazyArray)}
     stored = {name: chunk_files.placeholder(array) if name in lazy else array for name, array in arrays.items()}
     try:
         # Orbax warns that there is nothing to merge, which is as it should be without OCDBT.
         with _storage(), quiet_absl():
-            for group in _groups(stored):
-                ocp.partial.save(path, {name: stored[name] for name in group})
-                progress(sum(stored[name].nbytes for name in group if name not in lazy))
-            ocp.partial.finalize(path)
+            if is_remote(path):  # where Orbax cannot save in parts
+                ocp.save(path, stored)
+                progress(sum(stored[name].nbytes for name in stored if name not in lazy))
+            else:
+                for group in _groups(stored):
+                    ocp.partial.save(path, {name: stored[name] for name in group})
+                    progress(sum(stored[name].nbytes for name in group if name not in lazy))
+                ocp.partial.finalize(path)
     except ValueError as error:
         # Tensorstore's errors are ValueErrors that carry the system's words.
         if not any(os.strerror(code) in str(error) for code in DISK_FULL):
@@ -187,7 +192,7 @@ def read_orbax(
 
 def _metadata(path: str | os.PathLike) -> tuple[GraniteSpeechConfig, epath.Path, dict[str, Any]]:
     """Return the config, the directory of the arrays, and shape and dtype of each."""
-    path = _absolute(path)
+    path = absolute(path)
     config = read_config(path)
     params = path / PARAMS
     if not params.exists():
@@ -234,13 +239,13 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     Raises:
         UserError: another format version, or a base that does not exist.
     """
-    path = _absolute(path)
+    path = absolute(path)
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path / MANIFEST} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
     base = manifest.get("base")
     if base is not None:
-        resolved = _absolute(base if "://" in base else path / base)
+        resolved = absolute(base if is_remote(base) else path / base)
         if not resolved.exists():
             raise UserError(
                 f"{path} holds only the trained parameters; the rest is in its base {resolved}, which does not exist: "
@@ -258,11 +263,6 @@ def _like(leaf: Any, sharding: Sharding | None = None) -> Any:
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
-def _absolute(path: str | os.PathLike) -> epath.Path:
-    text = os.fspath(path)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
-
-
 def _reference(base: epath.Path, path: epath.Path) -> str:
-    beside = base.is_relative_to(path.parent) and "://" not in os.fspath(path)
+    beside = base.is_relative_to(path.parent) and not is_remote(path)
     return os.path.relpath(base, path) if beside else os.fspath(base)

@@ -15,6 +15,7 @@ from etils import epath
 
 from model_port.config import GraniteSpeechConfig, native
 from model_port.errors import UserError
+from model_port.paths import as_path, is_remote
 
 # No room left, the user's quota, the largest file that is allowed.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -108,6 +109,9 @@ def written_aside(
 ) -> Iterator[epath.Path]:
     """Yield `path`.partial-write to write into, and rename it to `path` when the block ends without an error.
 
+    In a bucket this is `path` itself, as a renamed directory does not appear at once: what the block writes last tells
+    that all is there.
+
     Args:
         leader: whether this process is the one that creates, renames and removes; the others only write.
         barrier: waits for all processes.
@@ -115,10 +119,11 @@ def written_aside(
     Raises:
         UserError: `path` exists and is not an empty directory, or the disk is full.
     """
-    path = epath.Path(path)
+    path = as_path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not empty; choose another directory or remove it first")
-    partial = path.parent / f"{path.name}.partial-write"
+    aside = not is_remote(path)
+    partial = path.parent / f"{path.name}.partial-write" if aside else path
     barrier(f"checked {path}")
     if leader:
         _remove(partial)  # what a killed process left
@@ -133,7 +138,7 @@ def written_aside(
             raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another disk") from error
         raise
     barrier(f"wrote {partial}")
-    if leader:
+    if leader and aside:
         _remove(path)
         partial.rename(path)
     barrier(f"renamed {partial}")
@@ -141,7 +146,7 @@ def written_aside(
 
 def check_space(directory: epath.Path, nbytes: int) -> None:
     """Raise a UserError if the disk of a local directory cannot take `nbytes` more."""
-    if "://" in os.fspath(directory):
+    if is_remote(directory):
         return
     free = shutil.disk_usage(directory).free
     if nbytes > free:

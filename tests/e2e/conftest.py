@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from jgrpo import cli
 from jgrpo.runtime.metrics import MetricsWriter
 from model_port.config import GraniteSpeechConfig
+from model_port.paths import as_path
 from tests.hf_tiny import make_hf_model, save_hf_dir
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +159,7 @@ def validated(work: Workplace) -> tuple[str, ...]:
     return ("--eval.every", "20", "--data.validation", str(work.train))
 
 
-def train(config: Path, run_dir: Path, *options: str) -> Path:
+def train(config: Path, run_dir: str | Path, *options: str) -> Path:
     """Run the training command of a config file of `Workplace` to its end and return the run directory."""
     command = "grpo" if "GRPOConfig" in config.read_text() else "sft"
     assert cli.main([command, str(config), "--run-dir", str(run_dir), *options]) == 0
@@ -185,10 +186,10 @@ def interruption(step: int) -> Iterator[None]:
         yield
 
 
-def saved_arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+def saved_arrays(run_dir: str | Path, step: int) -> dict[str, np.ndarray]:
     """Read all arrays of a checkpoint: parameters and optimiser state."""
     device = SingleDeviceSharding(jax.devices()[0])
-    with ocp.training.Checkpointer(run_dir / "checkpoints") as checkpoints:
+    with ocp.training.Checkpointer(as_path(run_dir) / "checkpoints") as checkpoints:
         table = checkpoints.metadata(step).custom_metadata["arrays"]
         target = {
             name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=device) for name, entry in table.items()
