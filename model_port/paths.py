@@ -5,6 +5,7 @@ and renaming one copies its objects one after the other.
 """
 
 import contextlib
+import errno
 import importlib.util
 import os
 import tempfile
@@ -14,6 +15,9 @@ from pathlib import Path
 from etils import epath
 
 from model_port.errors import UserError
+
+# No room left, the user's quota, the largest file that is allowed.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -61,6 +65,19 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     partial = path.parent / f"{path.name}.partial"
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def room_for(path: str | os.PathLike) -> Iterator[None]:
+    """Turn a full disk, met while the block writes `path`, into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # those of tensorstore are ValueErrors that carry the system's words
+        words = [os.strerror(code) for code in DISK_FULL]
+        reasons = [word for word in words if word in str(error)]
+        if isinstance(error, UserError) or not reasons:
+            raise
+        raise UserError(f"cannot write {path}: {reasons[0]}; make room or choose another disk") from error
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from model_port.errors import UserError
-from model_port.paths import absolute, is_remote
+from model_port.paths import absolute, is_remote, room_for
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ class RunCheckpoints:
             return False
         named = _named(arrays)
         record = {"arrays": _table(named, sums=_bit_sums(named)), "host": dict(host)}
-        self._checkpointer.save_async(step, named, force=True, custom_metadata={**record, "crc32": _crc(record)})
+        with room_for(self._directory / str(step)):
+            self._checkpointer.save_async(step, named, force=True, custom_metadata={**record, "crc32": _crc(record)})
         return True
 
     def is_due(self, step: int, *, force: bool = False) -> bool:
@@ -133,12 +134,18 @@ class RunCheckpoints:
         )
 
     def wait(self) -> None:
-        """Return once everything that `save` began is on disk."""
-        self._checkpointer.wait()
+        """Return once everything that `save` began is on disk.
+
+        Raises:
+            UserError: the disk is full; the checkpoints before stay.
+        """
+        with room_for(self._directory):
+            self._checkpointer.wait()
 
     def close(self) -> None:
         """Wait, then release what the checkpointer holds."""
-        self._checkpointer.close()
+        with room_for(self._directory):
+            self._checkpointer.close()
 
     def __enter__(self) -> "RunCheckpoints":
         return self

@@ -14,7 +14,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from model_port.errors import UserError
-from model_port.paths import as_path, is_remote, write_whole
+from model_port.paths import as_path, is_remote, room_for, write_whole
 
 METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 60  # between two uploads
@@ -59,8 +59,9 @@ class MetricsWriter:
         if self._file is None:
             return
         row = {"step": step, **{name: plain(value) for name, value in metrics.items()}}
-        self._file.write(_line(row))
-        self._file.flush()
+        with room_for(self._run_dir / METRICS):
+            self._file.write(_line(row))
+            self._file.flush()
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
@@ -80,14 +81,17 @@ class MetricsWriter:
     def write_completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write one JSON object per row to completions/step_{step:06d}.jsonl, all of it or nothing."""
         if self._file is not None:
-            write_whole(self._completions / f"step_{step:06d}.jsonl", "".join(_line(plain(row)) for row in rows))
+            path = self._completions / f"step_{step:06d}.jsonl"
+            with room_for(path):
+                write_whole(path, "".join(_line(plain(row)) for row in rows))
 
     def close(self) -> None:
         """Flush and close the files; a second call does nothing."""
         if self._file is not None:
-            self._file.close()
-            self._board.close()
-            self.flush()
+            with room_for(self._run_dir):
+                self._file.close()
+                self._board.close()
+                self.flush()
             self._file = self._board = None
             if self._scratch is not None:
                 self._scratch.cleanup()

@@ -25,7 +25,6 @@ from model_port.silence import quiet_absl
 from model_port.weights import chunk_files, names
 from model_port.weights.lazy import LazyArray
 from model_port.weights.side_files import (
-    DISK_FULL,
     check_space,
     read_config,
     read_json,
@@ -107,22 +106,16 @@ def _write_params(path: epath.Path, arrays: Mapping[str, Any], progress: Callabl
     """Write what is in memory by Orbax, group by group, then what is still to be read into the places it made."""
     lazy = {name: array for name, array in arrays.items() if isinstance(array, LazyArray)}
     stored = {name: chunk_files.placeholder(array) if name in lazy else array for name, array in arrays.items()}
-    try:
-        # Orbax warns that there is nothing to merge, which is as it should be without OCDBT.
-        with _storage(), quiet_absl():
-            if is_remote(path):  # where Orbax cannot save in parts
-                ocp.save(path, stored)
-                progress(sum(stored[name].nbytes for name in stored if name not in lazy))
-            else:
-                for group in _groups(stored):
-                    ocp.partial.save(path, {name: stored[name] for name in group})
-                    progress(sum(stored[name].nbytes for name in group if name not in lazy))
-                ocp.partial.finalize(path)
-    except ValueError as error:
-        # Tensorstore's errors are ValueErrors that carry the system's words.
-        if not any(os.strerror(code) in str(error) for code in DISK_FULL):
-            raise
-        raise UserError(f"cannot write {path.parent}: the disk is full; make room or choose another one") from error
+    # Orbax warns that there is nothing to merge, which is as it should be without OCDBT.
+    with _storage(), quiet_absl():
+        if is_remote(path):  # where Orbax cannot save in parts
+            ocp.save(path, stored)
+            progress(sum(stored[name].nbytes for name in stored if name not in lazy))
+        else:
+            for group in _groups(stored):
+                ocp.partial.save(path, {name: stored[name] for name in group})
+                progress(sum(stored[name].nbytes for name in group if name not in lazy))
+            ocp.partial.finalize(path)
     if jax.process_index() == 0:
         chunk_files.write_arrays(path / STATE, lazy, progress)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -15,10 +14,7 @@ from etils import epath
 
 from model_port.config import GraniteSpeechConfig, native
 from model_port.errors import UserError
-from model_port.paths import as_path, is_remote
-
-# No room left, the user's quota, the largest file that is allowed.
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from model_port.paths import as_path, is_remote, room_for
 
 PIECE_BYTES = 2**16
 CONFIG = "config.json"
@@ -130,12 +126,11 @@ def written_aside(
         partial.mkdir(parents=True)
     barrier(f"made {partial}")
     try:
-        yield partial
-    except BaseException as error:
+        with room_for(path):
+            yield partial
+    except BaseException:
         if leader:
             _remove(partial)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another disk") from error
         raise
     barrier(f"wrote {partial}")
     if leader and aside:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from jgrpo import cli
 from jgrpo.runtime.metrics import MetricsWriter
 from model_port.config import GraniteSpeechConfig
 from model_port.paths import as_path
+from tests.fake_gcs import Store, serve
 from tests.hf_tiny import make_hf_model, save_hf_dir
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +142,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         patch.syspath_prepend(root)
         patch.chdir(root)
         yield Workplace(root=root, base=base, train=train, test=test, grpo=grpo, sft=sft)
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[Store]:
+    """gs://bucket for this process and those that it starts."""
+    with serve() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment().items():
+            patch.setenv(name, value)
+        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+        yield store
 
 
 @pytest.fixture(scope="session")

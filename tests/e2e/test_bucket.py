@@ -8,7 +8,6 @@ import os
 import signal
 import time
 
-import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,19 +23,8 @@ from model_port.errors import UserError
 from model_port.weights.convert import model_arrays
 from model_port.weights.orbax_files import read_orbax
 from tests.e2e.conftest import assert_same_bits, interruption, saved_arrays, train
-from tests.fake_gcs import serve
 
 EVERY_SECOND = ("--checkpoint.every", "2")
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """A bucket for this process and those that it starts."""
-    with serve() as store, pytest.MonkeyPatch.context() as patch:
-        for name, value in store.environment().items():
-            patch.setenv(name, value)
-        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-        yield store
 
 
 def timeless(run: str) -> list[dict]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jgrpo.runtime.checkpoint import saved_steps
 from tests.e2e.conftest import Workplace, read_rows, saved_arrays, train
 
 pytestmark = pytest.mark.distributed
@@ -105,24 +106,31 @@ def test_two_processes_with_eight_devices_train_as_one(work, alone, method, layo
     assert_same_run(run, alone[method])
 
 
-DIES = """
+# Sends a signal to its own process when that writes the metrics of a step.
+SIGNAL = """
 import os, signal
 from jgrpo.runtime.metrics import MetricsWriter
 def write(self, number, metrics):
-    if number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if number == {step}:
+        os.kill(os.getpid(), signal.{name})
 MetricsWriter.write = write
 """
+ONE = ((1, 1, 1), 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_lost_a_process_ends_with_a_message_and_goes_on(work, alone, processes):
-    """The second process dies in its second step; one process or two go on from the first."""
-    mesh, devices = FEW[0]
-    run = work.root / f"lost_{processes}"
+@pytest.mark.parametrize(
+    ("before", "after", "processes"),
+    [(FEW[0], ONE, 1), (FEW[0], FEW[0], 2), (MANY[0], ((4, 1, 1), 4), 1), (MANY[0], ((1, 2, 2), 2), 2)],
+    ids=str,
+)
+def test_a_run_that_lost_a_process_ends_with_a_message_and_goes_on(work, alone, before, after, processes, tmp_path):
+    """The second process dies in its second step; one process or two go on from the first, on the same mesh or not."""
+    mesh, devices = before
+    run = tmp_path / "lost"
     command = ("grpo", work.grpo, "--run-dir", run, *OPTIONS, "--checkpoint.every", "1")
-    first, second = start_both(work, *command, *mesh_options(mesh), devices=devices, before=DIES)
+    dies = SIGNAL.format(step=2, name="SIGKILL")
+    first, second = start_both(work, *command, *mesh_options(mesh), devices=devices, before=dies)
     second.communicate(timeout=240)
     assert second.returncode == -signal.SIGKILL
     died = time.monotonic()
@@ -131,10 +139,27 @@ def test_a_run_that_lost_a_process_ends_with_a_message_and_goes_on(work, alone, 
     # Found by a collective that fails, or by the missing heartbeat: then the words are JAX's.
     assert re.search("error: another process of this run is gone|another task died", err), err
     if processes == 2:
-        train_both(work, "grpo", run, mesh, devices, "--checkpoint.every", "1")
+        train_both(work, "grpo", run, *after, "--checkpoint.every", "1")
     else:
-        train(work.grpo, run, *OPTIONS, "--checkpoint.every", "1")
+        train(work.grpo, run, *OPTIONS, "--checkpoint.every", "1", *mesh_options(after[0]))
     assert_same_run(run, alone["grpo"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "layout"), [("grpo", FEW[0]), ("sft", MANY[1])], ids=str)
+def test_sigterm_to_one_process_stops_both_at_one_step(work, alone, method, layout, tmp_path):
+    """The second process is told to end in the first step: both save that one, end with 143, and go on from it."""
+    mesh, devices = layout
+    run = tmp_path / "stopped"
+    command = (method, {"grpo": work.grpo, "sft": work.sft}[method], "--run-dir", run, *OPTIONS, *mesh_options(mesh))
+    ends = SIGNAL.format(step=1, name="SIGTERM")
+    for process in start_both(work, *command, devices=devices, before=ends):
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 128 + signal.SIGTERM, err
+        assert "stopped after step 1, which is saved" in err and "Traceback" not in err
+    assert saved_steps(run / "checkpoints") == [1]
+    train_both(work, method, run, mesh, devices)
+    assert_same_run(run, alone[method])
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jgrpo.runtime.checkpoint import RunCheckpoints
 from model_port.errors import UserError
+from tests.disks import files_at_most
 
 
 def abstract(tree):
@@ -159,6 +160,19 @@ def test_a_save_that_was_killed_is_ignored_aloud_and_removed(tmp_path, caplog):
         assert "2.orbax-checkpoint-tmp is a checkpoint whose save was interrupted" in caplog.text
         assert checkpoints.restore(abstract(small_tree(0))).step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_disk_that_is_full_is_said_and_the_checkpoints_before_stay(tmp_path):
+    with RunCheckpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, small_tree(1), {})
+        checkpoints.wait()
+        with files_at_most(2000), pytest.raises(UserError, match=r"cannot write .*: File too large; make room"):
+            checkpoints.save(2, small_tree(2), {})
+            checkpoints.wait()
+    with RunCheckpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.restore(abstract(small_tree(0))).step == 1
+        assert checkpoints.save(2, small_tree(2), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
 def test_nothing_sound_and_nothing_at_all_are_said(tmp_path):

@@ -10,6 +10,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jgrpo.runtime.metrics import MetricsWriter
 from model_port.errors import UserError
+from tests.disks import files_at_most
 
 
 def read(path):
@@ -58,6 +59,13 @@ def test_completions_are_whole_files_by_step(tmp_path):
     path = tmp_path / "completions" / "step_000007.jsonl"
     assert read(path) == [{"prompt": "übersetze", "rewards": [0.25, None]}, {"prompt": "b"}]
     assert [found.name for found in path.parent.iterdir()] == [path.name]
+    writer.close()
+
+
+def test_a_disk_that_is_full_is_said(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    with files_at_most(10), pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: File too large; make room"):
+        writer.write(0, {"reward": 0.25})
     writer.close()
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from model_port.weights import chunk_files, names, tree
 from model_port.weights.convert import convert, export, load_model, open_model
 from model_port.weights.hf_writer import write_hf
 from model_port.weights.lazy import LazyArray, copy
+from tests.disks import files_at_most
 
 TINY = GraniteSpeechConfig.tiny()
 WIDE = dataclasses.replace(
@@ -104,19 +104,6 @@ def test_a_shard_that_vanishes_while_it_is_read_is_named(source, tmp_path):
 
 
 # ---- disks and interruptions
-
-
-@contextlib.contextmanager
-def files_at_most(size):
-    """No file may grow beyond `size` bytes: the disk's refusal, without a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("command", ["convert", "export"])
