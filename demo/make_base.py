@@ -22,7 +22,7 @@ from demo.base_model import CONFIG, initial_model
 from demo.train_encoder import train_encoder, word_errors
 from jgrpo.train_sft import train_sft
 from model_port.weights.convert import export
-from model_port.weights.hf_files import write_hf
+from model_port.weights.hf_writer import write_hf
 
 HERE = Path(__file__).parent
 
