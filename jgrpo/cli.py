@@ -108,9 +108,11 @@ def run_sft(arguments: list[str]) -> None:
 
 def train(method: Callable, config) -> None:
     """Train; leave with the status that a shell gives to SIGTERM if that came."""
+    from jgrpo.runtime.compilations import keep_compiled
     from jgrpo.runtime.distributed import joined
     from jgrpo.runtime.stop import Stopped
 
+    keep_compiled()
     try:
         with joined(config.distributed):
             method(config)
@@ -125,6 +127,7 @@ def run_eval(arguments: list[str]) -> None:
     from jgrpo.data.sources import set_names
     from jgrpo.paper import base_row
     from jgrpo.report import evaluation_table
+    from jgrpo.runtime.compilations import keep_compiled
     from jgrpo.runtime.distributed import joined
     from jgrpo.setup import evaluate_model
     from model_port.paths import as_path, resolved
@@ -150,6 +153,7 @@ def run_eval(arguments: list[str]) -> None:
     is_base = resolved(config.model.path) == resolved(base)
     paper = base_row(config.paper) if config.paper and is_base else config.paper
     out = run_dir / "eval" / result_name(as_path(config.model.path), trained)
+    keep_compiled()
     with joined(config.distributed):
         results = evaluate_model(config, sets, out=out)
     for name, result in results.items():
@@ -195,6 +199,7 @@ def run_generate(arguments: list[str]) -> None:
     options = tyro.cli(GenerateOptions, args=arguments, prog="jgrpo generate")
     import jax
 
+    from jgrpo.runtime.compilations import keep_compiled
     from model_port import Processor, generate, load_model
     from model_port.beam import beam_search, check_beams
     from model_port.generate import check_sampling
@@ -206,6 +211,7 @@ def run_generate(arguments: list[str]) -> None:
         check_beams(**search)
         if options.num_samples > 1 or options.temperature > 0:
             raise UserError("beam search gives one answer and draws nothing: leave --num-samples and --temperature out")
+    keep_compiled()
     processor = Processor.from_pretrained(options.model)
     batch = processor(audio=list(options.audio), prompts=[options.prompt], system=options.system)
     model = load_model(options.model, dtype=options.dtype)
@@ -229,8 +235,10 @@ class DemoOptions:
 def run_demo(arguments: list[str]) -> None:
     """Run the demo."""
     from jgrpo.demo import demo
+    from jgrpo.runtime.compilations import keep_compiled
 
     options = tyro.cli(DemoOptions, args=arguments, prog="jgrpo demo")
+    keep_compiled()
     demo(Path(options.run_dir), seed=options.seed)
 
 

@@ -22,12 +22,13 @@ from jgrpo.encode import ClipEncoder
 from jgrpo.evaluate import Evaluation, Passes, check_metrics, evaluate, write_predictions
 from jgrpo.layout import choose_weights
 from jgrpo.runtime.checkpoint import RunCheckpoints, saved_steps
+from jgrpo.runtime.compilations import Compilations
 from jgrpo.runtime.distributed import check_agreement
 from jgrpo.runtime.metrics import MetricsWriter
 from jgrpo.runtime.optimiser import make_optimiser
 from jgrpo.runtime.progress import Progress
 from jgrpo.runtime.replace import replaced
-from jgrpo.runtime.rows import gather, own_rows
+from jgrpo.runtime.rows import own_rows, sum_over_rows
 from jgrpo.runtime.stop import Stopped, StopRequest
 from jgrpo.runtime.timer import PhaseTimer
 from jgrpo.saved_config import check_same_run, save_config
@@ -81,6 +82,7 @@ class Run:
     metrics: MetricsWriter
     progress: Progress
     stop: StopRequest
+    compilations: Compilations
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     step: int = 0
     skipped: int = 0
@@ -97,7 +99,7 @@ class Run:
     def __exit__(self, *exception) -> None:
         """Close the files; a checkpoint that is being written is finished."""
         with contextlib.ExitStack() as stack:
-            for part in (self.stop, self.metrics, self.checkpoints, self.progress):
+            for part in (self.stop, self.metrics, self.checkpoints, self.progress, self.compilations):
                 stack.callback(part.close)
 
 
@@ -243,6 +245,7 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
         metrics=MetricsWriter(directory, step + 1, process_index=jax.process_index()),
         progress=progress,
         stop=StopRequest(),
+        compilations=Compilations(),
         step=step,
         skipped=host.get("skipped", 0),
         best=host.get("best"),
@@ -295,8 +298,8 @@ def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> N
     for message in skipped:
         run.progress.note(f"step {run.step}: {message}")
     metrics["data/skipped_clips"] = sum_over_rows(len(skipped), run.policy.mesh)
-    seconds = run.timer.take()
-    metrics |= {f"seconds/{phase}": value for phase, value in seconds.items()}
+    metrics |= {f"seconds/{phase}": value for phase, value in run.timer.take().items()}
+    metrics["compilations"] = run.compilations.count
     run.metrics.write(run.step, metrics)
     run.progress.update(run.step, shown)
     reason = why_stop(run, metrics)
@@ -308,12 +311,6 @@ def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> N
         run.checkpoints.save(run.step, run.state, host, force=force)
     if reason is not None:
         raise reason
-
-
-def sum_over_rows(count: int, mesh: Mesh) -> int:
-    """Return the sum of a number that each process has of its rows; of processes with the same rows one counts."""
-    shards = len(own_rows(mesh, mesh.shape["data"] * mesh.shape["fsdp"]))
-    return round(float(gather(np.full(shards, count / shards), mesh).sum()))
 
 
 def why_stop(run: Run, metrics: dict[str, Any]) -> Exception | None:

@@ -81,3 +81,9 @@ def gather(tree, mesh: Mesh):
         return whole.view(x.dtype).reshape(count, *x.shape[1:])
 
     return jax.tree.map(rows, tree)
+
+
+def sum_over_rows(count: int, mesh: Mesh) -> int:
+    """Return the sum of a number that each process has of its rows; of processes with the same rows one counts."""
+    shards = len(own_rows(mesh, mesh.shape["data"] * mesh.shape["fsdp"]))
+    return round(float(gather(np.full(shards, count / shards), mesh).sum()))

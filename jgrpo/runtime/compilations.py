@@ -1,0 +1,40 @@
+"""What XLA compiles for a run: kept on disk for the next one, and counted."""
+
+import os
+from typing import Any
+
+import jax
+
+# As jgrpo.steps calls them; what else is compiled is small, and does not depend on the data.
+PROGRAMS = ("encode", "rollout", "beam", "score", "update")
+ASKED = "/jax/core/compile/backend_compile_duration"
+
+
+def keep_compiled() -> None:
+    """Let later runs take their programs from disk.
+
+    From the directory that JAX_COMPILATION_CACHE_DIR names, or jgrpo/compiled in the user's cache directory, which is
+    XDG_CACHE_HOME or ~/.cache. With JAX_ENABLE_COMPILATION_CACHE=false JAX keeps nothing.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "jgrpo", "compiled"))
+
+
+class Compilations:
+    """How many programs this process has asked of the compiler since this was made; those from disk count, too.
+
+    A program is compiled for every combination of lengths it meets: the buckets of audio and prompts bound the number.
+    """
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def close(self) -> None:
+        """Stop counting."""
+        jax.monitoring.unregister_event_duration_listener(self._note)
+
+    def _note(self, event: str, seconds: float, **about: Any) -> None:
+        name = about.get("fun_name", "").removeprefix("jit(").removesuffix(")")
+        self.count += event == ASKED and name in PROGRAMS
