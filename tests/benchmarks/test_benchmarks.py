@@ -5,13 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import compile as compilation
 from benchmarks import harness, memory, reward_overlap, rollout, scale, step, update, workload
 from model_port import Processor, load_model
 from model_port.errors import UserError
 from model_port.params import split_model
+from tests.compiling import compiled_once
 
 SIZE = workload.Size(model="tiny", prompts=2, samples=2, seconds=1.0, new_tokens=4, text_tokens=4)
 WORDS = "--model tiny --prompts 2 --samples 2 --seconds 1 --new-tokens 4 --text-tokens 4 --rounds 1".split()
@@ -20,18 +20,8 @@ WORDS = "--model tiny --prompts 2 --samples 2 --seconds 1 --new-tokens 4 --text-
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(tmp_path_factory):
     """Programs are the same from test to test, and here nobody waits for fast ones."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
+    with compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 def run(benchmark, tmp_path, *words):

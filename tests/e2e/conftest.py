@@ -15,7 +15,6 @@ import fsspec
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -23,6 +22,7 @@ from jgrpo import cli
 from jgrpo.runtime.metrics import MetricsWriter
 from model_port.config import GraniteSpeechConfig
 from model_port.paths import as_path
+from tests.compiling import compiled_once
 from tests.fake_gcs import Store, serve
 from tests.hf_tiny import make_hf_model, save_hf_dir
 
@@ -105,19 +105,8 @@ class Workplace:
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let all runs of the session, those in other processes too, share their compiled programs."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_disable_most_optimizations": True,  # tiny arrays: compiling takes longer than running
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
+    with compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,26 @@
+"""Compilation for tests: arrays are tiny, so it takes longer than running, and many tests run the same programs."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@contextlib.contextmanager
+def compiled_once(directory: str | os.PathLike) -> Iterator[None]:
+    """Compile with few optimisations, and keep in `directory` what is compiled, small programs too."""
+    settings = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
