@@ -11,11 +11,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from model_port.config import DecoderConfig, LoraConfig
-from model_port.layers import Embedding, Linear, RMSNorm, attend, rotary, rotary_tables, scan_layers
+from model_port.layers import Embedding, Linear, Part, RMSNorm, attend, rotary, rotary_tables, scan_layers
 from model_port.partition import constrain, constrain_heads, constrain_stationary, constrain_stream
 
 KeysValues = tuple[Float[Array, "n P L K h"], Float[Array, "n P L K h"]]  # of all n layers
-Cache = tuple[Float[Array, "n P G T K h"], Float[Array, "n P G T K h"]]
+Cache = tuple[Float[Array, "n P G K T h"], Float[Array, "n P G K T h"]]
 
 
 class SelfAttention(nnx.Module):
@@ -112,31 +112,30 @@ class Decoder(nnx.Module):
         use_lora,
     ) -> tuple[Float[Array, "P G D"], Cache]:
         """Run the t-th completion token of all samples; return hidden states and the cache with slot t written."""
-        samples, slots = x.shape[1], cache[0].shape[3]
-        visible = (jnp.arange(slots) <= t)[None, None, None, :]
+        samples, slots = x.shape[1], cache[0].shape[-2]
+        earlier = (jnp.arange(slots) < t)[None, None, None, :]
         tables = self._tables(
             jnp.broadcast_to(prefix_mask.sum(-1, dtype=jnp.int32)[:, None] + t, (x.shape[0], samples))
         )
 
-        def body(layer, carry, xs):
-            x, cache = carry
-            index, own_prefix = xs
+        def body(layer, x, own):
+            kept, prompt = own
 
             def look(q, k, v):
-                q, k, v = map(constrain_heads, (q, k, v))
-                new = tuple(
-                    jax.lax.dynamic_update_slice(store, item[None, :, :, None], (index, 0, 0, t, 0, 0))
-                    for store, item in zip(cache, (k, v), strict=True)
-                )
-                own = tuple(jax.lax.dynamic_index_in_dim(store, index, keepdims=False) for store in new)
-                out = self._attend(q[:, :, None], own, visible, own_prefix, prefix_mask)
-                return out[:, :, 0], new
+                q, k, v = (constrain_heads(part)[:, :, None] for part in (q, k, v))
+                past = Part(*(part.swapaxes(2, 3) for part in kept), earlier)
+                itself = Part(k, v, jnp.ones((1, 1, 1, 1), bool))
+                out = self._attend(q, Part(*prompt, prefix_mask[:, None, None]), past, itself)
+                return out[:, :, 0], (k, v)
 
-            x, cache = layer(x, tables, look, use_lora)
-            return (x, cache), None
+            return layer(x, tables, look, use_lora)
 
-        layers = jnp.arange(self.config.num_hidden_layers)
-        (x, cache), _ = scan_layers(self.layers, body, (x, cache), (layers, prefix))
+        # What is new is written once, after all layers: a cache that changed on the way would be copied in each.
+        x, new = scan_layers(self.layers, body, x, (cache, prefix))
+        cache = tuple(
+            jax.lax.dynamic_update_slice_in_dim(store, item.swapaxes(3, 4), t, axis=4)
+            for store, item in zip(cache, new, strict=True)
+        )
         return self.norm(x), cache
 
     def complete(
@@ -162,7 +161,8 @@ class Decoder(nnx.Module):
         def look(q, k, v):
             prompt = [part[:, :length] for part in (q, k, v)]
             own = [part[:, length:].reshape(p, g, t, *part.shape[2:]) for part in (q, k, v)]
-            out = self._attend(own[0], (own[1], own[2]), causal, (prompt[1], prompt[2]), mask)
+            shared = Part(prompt[1], prompt[2], mask[:, None, None])
+            out = self._attend(own[0], Part(own[1], own[2], causal), shared)
             out = out.reshape(p, g * t, *out.shape[3:])
             return jnp.concatenate([self._prompt_attention(*prompt, mask), out], axis=1), None
 
@@ -175,24 +175,19 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, num_prompts: int, num_samples: int, num_tokens: int, dtype) -> Cache:
         """Return zeroed keys and values for the completions of all layers."""
-        config = self.config
-        shape = (
-            config.num_hidden_layers,
-            num_prompts,
-            num_samples,
-            num_tokens,
-            config.num_key_value_heads,
-            config.head_dim,
+        layers, heads, width = (
+            getattr(self.config, name) for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")
         )
-        return tuple(constrain_heads(jnp.zeros(shape, dtype), axis=1) for _ in range(2))
+        shape = (layers, num_prompts, num_samples, num_tokens, heads, width)
+        return tuple(constrain_heads(jnp.zeros(shape, dtype), axis=1).swapaxes(3, 4) for _ in range(2))
 
-    def _attend(self, q, own, own_mask, prefix=None, prefix_mask=None):
-        return attend(q, own, own_mask, prefix, prefix_mask, scale=self.config.attention_multiplier)
+    def _attend(self, q, *parts: Part):
+        return attend(q, *parts, scale=self.config.attention_multiplier)
 
     def _prompt_attention(self, q, k, v, mask):
         causal = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))[None, None]
         own_mask = causal & mask[:, None, None, :]
-        return self._attend(q[:, None], (k[:, None], v[:, None]), own_mask)[:, 0]
+        return self._attend(q[:, None], Part(k[:, None], v[:, None], own_mask))[:, 0]
 
     def _tables(self, positions: Int[Array, "P N"]):
         return rotary_tables(positions, theta=self.config.rope_theta, head_dim=self.config.head_dim)

@@ -6,8 +6,8 @@ them to a mesh.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,45 +158,40 @@ def rotary_tables(positions: Int[Array, "P N"], *, theta: float, head_dim: int):
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def attend(
-    q: Float[Array, "P G N H h"],
-    own: tuple[Float[Array, "P G S K h"], Float[Array, "P G S K h"]],
-    own_mask: Bool[Array, "#P #G N S"],
-    prefix: tuple[Float[Array, "P L K h"], Float[Array, "P L K h"]] | None = None,
-    prefix_mask: Bool[Array, "P L"] | None = None,
-    *,
-    scale: float,
-) -> Float[Array, "P G N H h"]:
-    """Grouped-query attention of G sequences per prompt over one shared prefix and their own keys.
+class Part(NamedTuple):
+    """Keys and values that queries attend to: of each of G sequences, or without that axis one part for all of them.
 
-    The one attention of the decoder: prefill is G = 1 without a prefix, decoding N = 1, scoring and training N = T.
-    The prefix's keys and values are stored and read once per prompt, whatever G; both parts share one softmax,
-    computed in float32.
+    Attributes:
+        mask: true where query n may look at key s.
+    """
 
-    Args:
-        own_mask: true where query n may look at own key s.
-        prefix_mask: true where the prefix key is real.
+    keys: Float[Array, "P G S K h"] | Float[Array, "P S K h"]
+    values: Float[Array, "P G S K h"] | Float[Array, "P S K h"]
+    mask: Bool[Array, "#P #G #N S"]
+
+
+def attend(q: Float[Array, "P G N H h"], *parts: Part, scale: float) -> Float[Array, "P G N H h"]:
+    """Grouped-query attention of G sequences per prompt over shared keys and their own.
+
+    The one attention of the decoder: prefill is G = 1, decoding N = 1, scoring and training N = T. A prompt's keys and
+    values are stored and read once, whatever G; all parts share one softmax, computed in float32.
     """
     p, g, n, heads, width = q.shape
-    kv_heads = own[0].shape[-2]
+    kv_heads = parts[0].keys.shape[-2]
     q = q.reshape(p, g, n, kv_heads, heads // kv_heads, width)
     f32 = {"preferred_element_type": jnp.float32}
-    scores = jnp.einsum("pgnkrh,pgskh->pkrgns", q, own[0], **f32) * scale
-    scores = jnp.where(own_mask[:, None, None], scores, MASKED)
-    peak = scores.max(-1, keepdims=True)
-    if prefix is not None:
-        prefix_scores = jnp.einsum("pgnkrh,plkh->pkrgnl", q, prefix[0], **f32) * scale
-        prefix_scores = jnp.where(prefix_mask[:, None, None, None, None, :], prefix_scores, MASKED)
-        peak = jnp.maximum(peak, prefix_scores.max(-1, keepdims=True))
-    peak = jax.lax.stop_gradient(peak)
-    weights = jnp.exp(scores - peak)
-    total = weights.sum(-1, keepdims=True)
-    if prefix is not None:
-        prefix_weights = jnp.exp(prefix_scores - peak)
-        total = total + prefix_weights.sum(-1, keepdims=True)
-    out = jnp.einsum("pkrgns,pgskh->pgnkrh", (weights / total).astype(q.dtype), own[1], **f32)
-    if prefix is not None:
-        out = out + jnp.einsum("pkrgnl,plkh->pgnkrh", (prefix_weights / total).astype(q.dtype), prefix[1], **f32)
+    scores = []
+    for keys, _, mask in parts:
+        own = "pgskh" if keys.ndim == 5 else "pskh"
+        score = jnp.einsum(f"pgnkrh,{own}->pkrgns", q, keys, **f32) * scale
+        scores.append(jnp.where(mask[:, None, None], score, MASKED))
+    peak = jax.lax.stop_gradient(reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in scores]))
+    weights = [jnp.exp(score - peak) for score in scores]
+    total = sum(weight.sum(-1, keepdims=True) for weight in weights)
+    out = 0.0
+    for (_, values, _), weight in zip(parts, weights, strict=True):
+        own = "pgskh" if values.ndim == 5 else "pskh"
+        out = out + jnp.einsum(f"pkrgns,{own}->pgnkrh", (weight / total).astype(q.dtype), values, **f32)
     return out.astype(q.dtype).reshape(p, g, n, heads, width)
 
 
