@@ -236,8 +236,11 @@ def run_demo(arguments: list[str]) -> None:
     """Run the demo."""
     from jgrpo.demo import demo
     from jgrpo.runtime.compilations import keep_compiled
+    from model_port.paths import is_remote
 
     options = tyro.cli(DemoOptions, args=arguments, prog="jgrpo demo")
+    if is_remote(options.run_dir):
+        raise UserError(f"--run-dir is {options.run_dir}; the demo writes to a disk, give a directory")
     keep_compiled()
     demo(Path(options.run_dir), seed=options.seed)
 

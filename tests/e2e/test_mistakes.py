@@ -67,6 +67,9 @@ def test_commands(refuse, capsys):
     for command in ("grpo", "sft", "eval"):
         message = f"error: the config file comes first: jgrpo {command} CONFIG.py [OPTIONS]; configs/ has examples\n"
         assert refuse(command) == message if command == "eval" else refuse(command, "--num-steps", "3") == message
+    assert refuse("demo", "--run-dir", "gs://bucket/demo") == (
+        "error: --run-dir is gs://bucket/demo; the demo writes to a disk, give a directory\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["grpo", "sft", "eval"])
