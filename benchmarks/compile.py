@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.harness import Report, arguments, chosen, in_child
+from benchmarks.harness import Report, arguments, chosen, in_child, run
 from benchmarks.training import training
 from benchmarks.workload import Size, Workload, planned_calls
 from jgrpo.planning.measure import compile_call
@@ -112,4 +112,4 @@ def compilations() -> Iterator[collections.Counter]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

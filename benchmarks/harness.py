@@ -91,6 +91,15 @@ def timed(case: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def run(main: Callable[[], Any]) -> None:
+    """Run a benchmark from the command line; a mistake of the user's ends in a message and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 class Report:
     """One benchmark's table: rows of named columns, and notes beneath."""
 

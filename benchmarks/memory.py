@@ -12,7 +12,7 @@ Only the projector is trained, so that no gradient of the vocabulary's matrix hi
 import dataclasses
 from typing import Any
 
-from benchmarks.harness import Report, arguments, chosen
+from benchmarks.harness import Report, arguments, chosen, run
 from benchmarks.workload import Size, planned_calls
 from jgrpo.planning.measure import compile_call
 
@@ -61,4 +61,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

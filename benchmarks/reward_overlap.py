@@ -13,7 +13,7 @@ import dataclasses
 import statistics
 from typing import Any
 
-from benchmarks.harness import Report, arguments, chosen
+from benchmarks.harness import Report, arguments, chosen, run
 from benchmarks.training import in_turns, medians, training
 from benchmarks.workload import Size
 
@@ -56,4 +56,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

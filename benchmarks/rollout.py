@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from benchmarks.floors import Peak, encode_flops, prefill_flops, token_step_bytes, token_step_flops
-from benchmarks.harness import Report, Timing, arguments, chosen, in_child, measure
+from benchmarks.harness import Report, Timing, arguments, chosen, in_child, measure, run
 from benchmarks.workload import Size, Workload
 from model_port.partition import MeshConfig
 
@@ -149,4 +149,4 @@ def _layouts(report: Report, size: Size, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

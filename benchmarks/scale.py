@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from benchmarks.floors import fitted_exponent
-from benchmarks.harness import Report, arguments, chosen, in_child, measure
+from benchmarks.harness import Report, arguments, chosen, in_child, measure, run
 from benchmarks.workload import Size, Workload
 from model_port.partition import MeshConfig
 
@@ -98,4 +98,4 @@ def _over_devices(report: Report, size: Size, count: int, options: argparse.Name
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

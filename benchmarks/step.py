@@ -12,7 +12,7 @@ done with the reference's log-probs (`score`), `rest` what no phase counts.
 import dataclasses
 from typing import Any
 
-from benchmarks.harness import Report, arguments, chosen
+from benchmarks.harness import Report, arguments, chosen, run
 from benchmarks.training import in_turns, medians, training
 from benchmarks.workload import Size
 
@@ -49,4 +49,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from benchmarks.floors import Peak, update_flops
-from benchmarks.harness import Report, Timing, arguments, chosen, measure
+from benchmarks.harness import Report, Timing, arguments, chosen, measure, run
 from benchmarks.workload import Size, Workload, planned_calls
 from jgrpo.planning.cost import program_cost
 from jgrpo.planning.measure import compile_call
@@ -126,4 +126,4 @@ def _done_flops(size: Size) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
