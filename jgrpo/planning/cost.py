@@ -284,7 +284,7 @@ def group_size(text: str, devices: int) -> int:
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text)
     if iota:
         return int(iota[2])
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}", text)
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])

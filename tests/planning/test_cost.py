@@ -131,6 +131,7 @@ def test_a_collective_that_overlaps_with_a_loop_counts_once():
         ("replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_0'}", 16),
         ("replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_0', 'axis_1'}", 64),
         ("replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_0':(2)4}", 4),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=16], device_ids=([16,4]T(1,0)) {'axis_0'}", 4),
         ("replica_groups={}", 64),
     ],
 )
