@@ -9,18 +9,28 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 @contextlib.contextmanager
+def compiled_quickly() -> Iterator[None]:
+    """Compile with few optimisations, and afterwards as before: another module of the session may have asked for it."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
+@contextlib.contextmanager
 def compiled_once(directory: str | os.PathLike) -> Iterator[None]:
-    """Compile with few optimisations, and keep in `directory` what is compiled, small programs too."""
+    """Compile quickly, and keep in `directory` what is compiled, small programs too."""
     settings = {
         "jax_compilation_cache_dir": str(directory),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_disable_most_optimizations": True,
     }
     before = {name: jax.config.values[name] for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
+    with compiled_quickly():
+        for values in (settings, before):
+            for name, value in values.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+            if values is settings:
+                yield

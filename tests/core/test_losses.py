@@ -9,6 +9,7 @@ import pytest
 from jgrpo.core.advantages import group_advantages
 from jgrpo.core.losses import IMPORTANCE, policy_loss, sft_token_loss, token_loss, token_weights
 from model_port.errors import UserError
+from tests.compiling import compiled_quickly
 
 P, G, T = 3, 5, 7
 LENGTHS = np.array([[7, 3, 0, 1, 5], [2, 7, 4, 6, 0], [1, 2, 3, 5, 7]])
@@ -22,9 +23,8 @@ SCALES = ("group", "batch", "none")
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
     """Compiling so many small programs takes longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with compiled_quickly():
+        yield
 
 
 def extras_for(loss_type, extras):

@@ -3,15 +3,15 @@
 import jax
 import pytest
 
+from tests.compiling import compiled_quickly
 from tests.invariance.run import Run, make_targets
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
     """These tests compare our programs with each other, so half the compile time is worth more than fast code."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with compiled_quickly():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from model_port.errors import UserError
 from model_port.generate import generate
 from model_port.params import split_model
 from model_port.weights.convert import build_model
+from tests.compiling import compiled_quickly
 from tests.invariance.tiny import at, clip, full_forward, make_batch
 from tests.parity.pairs import DIVIDES, UNTIED, make_pair, torch_of
 
@@ -58,11 +59,8 @@ def hf_beams(reference, batch, p, **options):
 @pytest.fixture(scope="module", autouse=True)
 def exact_products():
     """Accelerators would multiply in fewer bits than float32 has. Compiling takes longer than running here."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.default_matmul_precision("highest"):
+    with compiled_quickly(), jax.default_matmul_precision("highest"):
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
