@@ -1,4 +1,4 @@
-"""Libraries that speak through absl when there is nothing to say."""
+"""Libraries that speak when there is nothing to say."""
 
 import contextlib
 import logging
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quiet_absl() -> Iterator[None]:
-    """Let nothing below an error through from absl's logger."""
-    logger = logging.getLogger("absl")
+def quiet(name: str) -> Iterator[None]:
+    """Let nothing below an error through from the logger of this name."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

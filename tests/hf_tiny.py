@@ -1,10 +1,7 @@
 """Small random reference models in torch, and the ways in which transformers and PEFT have stored them."""
 
-import contextlib
 import dataclasses
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from peft import LoraConfig as PeftConfig
 from safetensors.torch import save_file
 
 from model_port.config import GraniteSpeechConfig
+from model_port.silence import quiet
 
 CLASSES = {
     "granite_speech": (transformers.GraniteSpeechConfig, transformers.GraniteSpeechForConditionalGeneration),
@@ -69,7 +67,7 @@ def save_hf_dir(
     base = type(model)(config).to(model.dtype)
     base.load_state_dict(base_state(model))
     base.config.has_lora_adapter = bool(adapter) and has_adapter(model)
-    with quiet():
+    with quiet("transformers"):
         base.save_pretrained(path, max_shard_size=max_shard_size)
         if base.config.has_lora_adapter:
             peft_config = dataclasses.replace(model.peft_config["default"], inference_mode=True)
@@ -83,7 +81,7 @@ def save_hf_dir(
 def load_hf_dir(path: str | Path) -> torch.nn.Module:
     """Load a directory with transformers, in eval mode; anything missing, unexpected or misshapen fails the test."""
     kind = json.loads((Path(path) / "config.json").read_text())["model_type"]
-    with quiet():
+    with quiet("transformers"):
         model, report = CLASSES[kind][1].from_pretrained(path, output_loading_info=True)
     assert not any(report.values()), report
     return model.eval()
@@ -107,18 +105,6 @@ def adapter_state(model: torch.nn.Module, style: str) -> dict[str, torch.Tensor]
         for name, value in model.state_dict().items()
         if ".lora_" in name
     }
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the advice that transformers logs while it saves and loads."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _randomise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:

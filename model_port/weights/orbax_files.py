@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.paths import absolute, is_remote
-from model_port.silence import quiet_absl
+from model_port.silence import quiet
 from model_port.weights import chunk_files, names
 from model_port.weights.lazy import LazyArray
 from model_port.weights.side_files import (
@@ -107,7 +107,7 @@ def _write_params(path: epath.Path, arrays: Mapping[str, Any], progress: Callabl
     lazy = {name: array for name, array in arrays.items() if isinstance(array, LazyArray)}
     stored = {name: chunk_files.placeholder(array) if name in lazy else array for name, array in arrays.items()}
     # Orbax warns that there is nothing to merge, which is as it should be without OCDBT.
-    with _storage(), quiet_absl():
+    with _storage(), quiet("absl"):
         if is_remote(path):  # where Orbax cannot save in parts
             ocp.save(path, stored)
             progress(sum(stored[name].nbytes for name in stored if name not in lazy))

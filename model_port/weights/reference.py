@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from etils import epath
 
 from model_port.config import GraniteSpeechConfig
 from model_port.features import SAMPLE_RATE
+from model_port.silence import quiet
 from model_port.weights import hf_files, names
 from model_port.weights.lazy import cast
 from model_port.weights.side_files import ADAPTER_CONFIG, read_json, to_json
@@ -261,13 +261,11 @@ def _quiet() -> Iterator[None]:
     """Keep transformers from its advice and its progress bars."""
     from transformers.utils import logging as theirs
 
-    logger, bars = logging.getLogger("transformers"), theirs.is_progress_bar_enabled()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    bars = theirs.is_progress_bar_enabled()
     theirs.disable_progress_bar()
     try:
-        yield
+        with quiet("transformers"):
+            yield
     finally:
-        logger.setLevel(level)
         if bars:
             theirs.enable_progress_bar()

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from jgrpo.data.builders import covost2, librisqa
 from jgrpo.data.builders.builder import SpeechBuilder, SpeechConfig
 from model_port.errors import UserError
-from model_port.silence import quiet_absl
+from model_port.silence import quiet
 
 CARD = "jgrpo.json"
 WORK = ".building"  # in the output directory: what is not finished
@@ -67,7 +67,7 @@ def build(
     try:
         with (
             _alone(Path(out) / WORK, f"{kind.name}-{config.name}") as aside,
-            quiet_absl(),
+            quiet("absl"),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             # TFDS announces downloads, and configs that it does not know by name.

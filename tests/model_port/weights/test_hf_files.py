@@ -13,10 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
+from model_port.silence import quiet
 from model_port.weights import names
 from model_port.weights.hf_files import open_hf
 from model_port.weights.hf_writer import write_hf
-from tests.hf_tiny import ADAPTER_PREFIXES, adapter_state, base_state, load_hf_dir, make_hf_model, quiet, save_hf_dir
+from tests.hf_tiny import ADAPTER_PREFIXES, adapter_state, base_state, load_hf_dir, make_hf_model, save_hf_dir
 
 CONFIG = GraniteSpeechConfig.tiny()
 OUT = "encoder.out.weight"
@@ -95,7 +96,7 @@ def test_in_memory_layout_reads_the_same(model, published, tmp_path):
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
 @pytest.mark.parametrize("adapter_file", [True, False])
 def test_model_saved_by_transformers_5_together_with_its_adapter(published, tmp_path, prefix, adapter_file):
-    with quiet(), warnings.catch_warnings():
+    with quiet("transformers"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", module="peft")
         make_hf_model(CONFIG).save_pretrained(str(tmp_path))
     edit(tmp_path, lambda t: [t.update({prefix + key: t.pop(key)}) for key in list(t)])

@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.published import PUBLISHED
+from model_port.silence import quiet
 from model_port.weights import hf_files, names, tree
 from model_port.weights.convert import convert, load_model, save_model
 from model_port.weights.inspection import inspect
 from model_port.weights.lazy import LazyArray
-from tests.hf_tiny import ADAPTER_PREFIXES, adapter_state, base_state, make_hf_model, quiet, save_hf_dir
+from tests.hf_tiny import ADAPTER_PREFIXES, adapter_state, base_state, make_hf_model, save_hf_dir
 
 CONFIG = GraniteSpeechConfig.tiny()
 OUT = "encoder.out.weight"
@@ -178,7 +179,7 @@ def test_layouts(model, copy, tmp_path):
     edit(copy, dict.clear)
     edit(copy, lambda t: t.update({key: value.numpy() for key, value in base_state(model).items()}))
     assert facts(inspect(copy))["layout"].startswith("in memory since transformers 5.10")
-    with quiet(), warnings.catch_warnings():
+    with quiet("transformers"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", module="peft")
         make_hf_model(CONFIG).save_pretrained(str(tmp_path / "damaged"))
     found = inspect(tmp_path / "damaged")
