@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Key
 
 from model_port.errors import UserError
+from model_port.partition import constrain
 
 Array = jax.Array | np.ndarray
 
@@ -106,6 +107,10 @@ def sample(
 ) -> tuple[Int[jax.Array, "P G"], Float[jax.Array, "P G"]]:
     """One token per row and its log-probability under the distribution it was drawn from.
 
+    First a block of neighbouring ids is drawn by its probability, then an id inside it, both by the largest of
+    log-prob + Gumbel noise: some hundred random numbers a row, where one for every id would cost more than the model's
+    layers on a CPU.
+
     Args:
         keys: consumed; fold the position into them before every call.
         logits: divided by the model's logits scaling; forbidden ids at -inf.
@@ -124,11 +129,32 @@ def sample(
         raise UserError(f"temperature must be 0 (greedy) or more, got {temperature}.")
     logits = jnp.asarray(logits, jnp.float32)
     if temperature == 0:
-        scores = logits
-    else:
-        logits = truncate_logits(logits / temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-        draw = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32)))
-        scores = logits + draw(keys)
-    tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return tokens, _taken(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)
+    logits = truncate_logits(logits / temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    count = num_blocks(logits.shape[-1])
+    blocks = logits.reshape(*logits.shape[:-1], count, -1)
+    mass = constrain(jax.nn.logsumexp(blocks, axis=-1))  # on every device of the tensor axis
+    draw = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (count + blocks.shape[-1],), jnp.float32)))
+    noise = draw(keys)
+    block = jnp.argmax(mass + noise[..., :count], axis=-1)
+    # A sum, not a gather: where the vocabulary is split over devices, each adds what it has.
+    drawn = jax.lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim - 2) == block[..., None, None]
+    inside = jnp.where(drawn, blocks, 0.0).sum(-2)
+    place = jnp.argmax(inside + noise[..., count:], axis=-1)
+    tokens = (block * blocks.shape[-1] + place).astype(jnp.int32)
+    return tokens, _taken(inside, place) - jax.nn.logsumexp(mass, axis=-1)
+
+
+def num_blocks(vocab_size: int) -> int:
+    """Return into how many equal blocks of ids `sample` divides a vocabulary: about the square root of its size.
+
+    A multiple of the vocabulary's own factors of two, up to 64, so that no block lies on two devices of a mesh.
+    """
+    unit = math.gcd(vocab_size, 64)
+    counts = (unit * factor for factor in range(1, vocab_size // unit + 1) if vocab_size % (unit * factor) == 0)
+    return min(counts, key=lambda count: count + vocab_size // count)
+
+
+def _taken(values: Float[jax.Array, "*rows V"], ids: Int[jax.Array, "*rows"]) -> Float[jax.Array, "*rows"]:
+    return jnp.take_along_axis(values, ids[..., None], axis=-1)[..., 0]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from model_port.errors import UserError
-from model_port.sampling import row_keys, sample, truncate_logits
+from model_port.partition import MeshConfig, make_mesh
+from model_port.sampling import num_blocks, row_keys, sample, truncate_logits
 
 P, G, V = 3, 5, 13
 
@@ -75,27 +76,41 @@ def test_greedy_takes_the_first_maximum_and_reports_the_full_softmax():
     np.testing.assert_allclose(logp, log_softmax(logits).max(-1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("vocabulary", [13, 24, 60])  # one block of 13 ids, 8 of 3, 4 of 15
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (2.0, 0.8)])
-def test_draws_follow_the_distribution_and_logp_is_that_distribution(temperature, top_p):
+def test_draws_follow_the_distribution_and_logp_is_that_distribution(vocabulary, temperature, top_p):
     num_prompts, num_samples = 20, 1000
-    row = np.random.default_rng(1).normal(scale=1.5, size=V).astype(np.float32)
-    row[3] = -np.inf
+    row = np.random.default_rng(1).normal(scale=3.0, size=vocabulary).astype(np.float32)
+    row[3:6] = -np.inf  # a whole block of 24 ids
     scaled = row / temperature
     # Otherwise the order of temperature and truncation would go untested.
     assert top_p == 1 or nucleus(scaled, top_p) != nucleus(row, top_p)
-    logits = np.where(np.isin(np.arange(V), nucleus(scaled, top_p)), scaled, -np.inf)
+    logits = np.where(np.isin(np.arange(vocabulary), nucleus(scaled, top_p)), scaled, -np.inf)
     expected = log_softmax(logits)
     keys = row_keys(jax.random.key(2), num_prompts=num_prompts, num_samples=num_samples)
     tokens, logp = jax.jit(lambda k, x: sample(k, x, temperature=temperature, top_p=top_p))(
-        keys, jnp.broadcast_to(row, (num_prompts, num_samples, V))
+        keys, jnp.broadcast_to(row, (num_prompts, num_samples, vocabulary))
     )
     np.testing.assert_allclose(logp, expected[tokens], rtol=1e-5, atol=1e-6)
-    counts = np.bincount(np.asarray(tokens).ravel(), minlength=V)
+    counts = np.bincount(np.asarray(tokens).ravel(), minlength=vocabulary)
     probs = np.exp(expected)
     assert np.all(counts[probs == 0] == 0)
     # Six standard deviations of a binomial count.
     n = num_prompts * num_samples
     assert np.all(np.abs(counts - n * probs) <= 6 * np.sqrt(n * probs * (1 - probs)) + 1e-9)
+
+
+@pytest.mark.parametrize(("vocabulary", "blocks"), [(49160, 40), (49155, 145), (100352, 256), (100353, 33), (1024, 64)])
+def test_blocks_divide_the_vocabulary_as_devices_do(vocabulary, blocks):
+    assert num_blocks(vocabulary) == blocks and vocabulary % blocks == 0
+    assert all(blocks % tensor == 0 for tensor in (1, 2, 4, 8) if vocabulary % tensor == 0)
+
+
+def test_the_noise_of_a_row_is_far_less_than_one_number_for_every_id():
+    keys = row_keys(jax.random.key(0), num_prompts=1, num_samples=1)
+    jaxpr = jax.make_jaxpr(lambda logits: sample(keys, logits, temperature=1.0))(jnp.zeros((1, 1, 49160)))
+    drawn = [eqn.outvars[0].aval.shape for eqn in jaxpr.jaxpr.eqns if "gumbel" in str(eqn.params.get("name"))]
+    assert drawn == [(1, 1, 40 + 1229)]
 
 
 def test_rows_draw_independently_and_repeatably():
@@ -117,17 +132,18 @@ def test_keys_belong_to_global_rows():
     np.testing.assert_array_equal(jax.random.key_data(traced)[0], whole[2])
 
 
-def test_draws_do_not_depend_on_the_mesh():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3, V)), jnp.float32)
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_draws_do_not_depend_on_the_mesh(top_p):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3, 24)), jnp.float32)
 
     def draw(logits):
         keys = row_keys(jax.random.key(3), num_prompts=8, num_samples=3)
-        return sample(keys, logits, temperature=1.0, top_p=0.9)
+        return sample(keys, logits, temperature=1.0, top_p=top_p)
 
     alone = jax.jit(draw)(logits)
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
-    for spec in ("data", ("data", "tensor")):
-        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(spec))
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    for spec in (("data",), (("data", "tensor"),), ("data", None, "tensor")):
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
         tokens, logp = jax.jit(draw)(jax.device_put(logits, rows))
         np.testing.assert_array_equal(tokens, alone[0])
         np.testing.assert_allclose(logp, alone[1], rtol=1e-6)
