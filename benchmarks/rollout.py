@@ -7,8 +7,9 @@ Parts: `encode` (once per prompt and step, not at all with data.cache_encoder), 
 `decode` (the difference to a rollout of T tokens, which are always that many).
 Ablations: `early exit` (an eighth of the vocabulary ends a completion, and the loop stops when the last one has ended),
 `prefix off` (every sample a prompt of its own: G prefills, G copies of the prompt's keys and values), `encoder off`
-(the encoder run for every sample, not for every prompt), and over four devices how weights lie while tokens are
-decoded. On a machine without four devices the last is done on virtual ones of the CPU, in a process of its own.
+(the encoder run for every sample, not for every prompt), `layers scanned` or `layers unrolled` (the one that is not the
+default on this machine), `cache` in the other dtype, and over four devices how weights lie while tokens are decoded. On
+a machine without four devices the last is done on virtual ones of the CPU, in a process of its own.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import numpy as np
 from benchmarks.floors import Peak, encode_flops, prefill_flops, token_step_bytes, token_step_flops
 from benchmarks.harness import Report, Timing, arguments, chosen, in_child, measure, run
 from benchmarks.workload import Size, Workload
+from model_port.decoder import unrolled_on
 from model_port.partition import MeshConfig
 
 ENDS_AFTER = 8
@@ -46,10 +48,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if options.layouts_only:
         _layouts(report, size, options.rounds)
         return report.finish(options.json)
+    layers = "scanned" if unrolled_on(jax.default_backend()) else "unrolled"
+    cache = "bfloat16" if size.dtype == "float32" else "float32"
     ablations = {
         "early exit": lambda base: base.variant(ends_after=ENDS_AFTER).rollout,
         "prefix off": lambda base: _ungrouped(base).rollout,
         "encoder off": lambda base: _ungrouped(base).encode,
+        f"layers {layers}": lambda base: base.variant(rollout_layers=layers).rollout,
+        f"cache {cache}": lambda base: base.variant(rollout_cache=cache).rollout,
     }
     wanted = chosen({"rollout": None, **ablations, "layouts": None}, options.only)
     base = Workload(size)
@@ -130,7 +136,7 @@ def _ablations(report: Report, base: Workload, timings: dict[str, Timing]) -> No
             f"early exit: {mask.sum() / mask[..., 0].size:.1f} tokens a completion, the longest {steps} of "
             f"{size.new_tokens}; ratio is against the rollout of {size.new_tokens} tokens of all."
         )
-    report.note("ratio: of prefix off and early exit against rollout, of encoder off against encode.")
+    report.note("ratio: of encoder off against encode, of the others against rollout.")
 
 
 def _row(report: Report, case: str, timing: Timing, **columns: Any) -> None:

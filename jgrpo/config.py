@@ -99,6 +99,10 @@ class RunConfig:
     distributed: DistributedOptions = field(default_factory=DistributedOptions)
     rollout_weights: Literal["auto", "gathered", "stationary"] = "auto"
     """What fsdp splits of the weights is gathered once per rollout, or stays where it is, and activations travel."""
+    rollout_layers: Literal["auto", "scanned", "unrolled"] = "auto"
+    """Decoding scans the layers, or has a copy of each one's weights: faster but on TPUs, and longer to compile."""
+    rollout_cache: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Keys and values while decoding; auto: as model.dtype, so that what is sampled is what is trained."""
     completions_every: int = 10
     """Steps between files of sampled completions; 0 writes none."""
     max_skipped_updates: int = 10

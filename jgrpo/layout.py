@@ -1,4 +1,4 @@
-"""How weights lie while tokens are decoded: gathered over fsdp, or stationary. model_port.partition says more."""
+"""How a rollout decodes: weights gathered over fsdp or stationary, layers scanned or unrolled, the cache's dtype."""
 
 import functools
 import math
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from model_port.decoder import unrolled_on
 from model_port.params import ModelDef, Params
 from model_port.partition import ROLLOUT, param_shardings
 from model_port.weights.tree import abstract_model
@@ -46,6 +47,26 @@ def rollout_layout(definition: ModelDef, mesh: Mesh, weights: str) -> Callable[.
     return layout
 
 
+def decoding_options(mesh: Mesh, *, weights: str, layers: str, cache: str) -> dict[str, Any]:
+    """Return the options of model_port's sample_completions and search_completions for a mesh.
+
+    Args:
+        weights: a key of partition.ROLLOUT.
+        layers: scanned, unrolled, or auto.
+        cache: dtype of keys and values, or auto, which is that of the computation.
+    """
+    return {
+        "stationary": weights == "stationary",
+        "unrolled": decodes_unrolled(mesh, layers),
+        "cache_dtype": None if cache == "auto" else jnp.dtype(cache),
+    }
+
+
+def decodes_unrolled(mesh: Mesh, layers: str) -> bool:
+    """Return whether layers are unrolled: as the option says, or where it is auto, as is faster on these devices."""
+    return unrolled_on(mesh.devices.flat[0].platform) if layers == "auto" else layers == "unrolled"
+
+
 def rollout_dtype(name: str, stored: Any, computed: Any) -> Any:
     """Return the dtype of a parameter in the rollout: where each use casts it anyway, it may be cast before."""
     return computed if name.split(".")[-1] in CAST_WHERE_USED else stored
@@ -58,6 +79,7 @@ def choose_weights(
     mesh: Mesh,
     *,
     memory: int | None,
+    unrolled: bool = False,
 ) -> tuple[str, str]:
     """Return how weights lie in the rollout, gathered or stationary, and a line that says why.
 
@@ -65,6 +87,7 @@ def choose_weights(
         option: auto, gathered or stationary.
         shapes: every parameter of the model, with the dtype it has in training.
         memory: bytes of a device; None where that is unknown, as on a CPU.
+        unrolled: whether the layers are; then a gathered copy stands in memory twice, stacked and layer by layer.
     """
     dtype = jnp.dtype(definition.skeleton().dtype)
 
@@ -83,11 +106,11 @@ def choose_weights(
         return "gathered", f"rollout weights: as in training, {size}"
     if option != "auto":
         return option, f"rollout weights: {option}, as configured; gathered they take {size}"
-    if memory is None or gathered <= FREE_SHARE * (memory - resident):
+    if memory is None or gathered * (1 + unrolled) <= FREE_SHARE * (memory - resident):
         return "gathered", f"rollout weights: gathered once per rollout, {size}"
     return "stationary", (
-        f"rollout weights: stationary; gathered they take {size}, more than {FREE_SHARE:.0%} of the "
-        f"{(memory - resident) / 1e9:.2f} GB that training leaves"
+        f"rollout weights: stationary; gathered they take {size}{', twice' * unrolled}, more than "
+        f"{FREE_SHARE:.0%} of the {(memory - resident) / 1e9:.2f} GB that training leaves"
     )
 
 

@@ -17,6 +17,7 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "distributed",
     "rollout_weights",
+    "rollout_layers",
     "completions_every",
     "max_skipped_updates",
     "paper",

@@ -20,7 +20,7 @@ from jgrpo.data.pipeline import PromptData
 from jgrpo.data.run import describe, evaluation_data, training_data
 from jgrpo.encode import ClipEncoder
 from jgrpo.evaluate import Evaluation, Passes, check_metrics, evaluate, write_predictions
-from jgrpo.layout import choose_weights
+from jgrpo.layout import choose_weights, decodes_unrolled
 from jgrpo.runtime.checkpoint import RunCheckpoints, saved_steps
 from jgrpo.runtime.compilations import Compilations
 from jgrpo.runtime.distributed import check_agreement
@@ -148,7 +148,8 @@ def load_policy(config: RunConfig, processor: Processor) -> Policy:
     chosen = set(select(definition, options.trainable))
     trained = {name: jax.ShapeDtypeStruct(params[name].shape, jnp.float32) for name in chosen}
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    weights, note = choose_weights(config.rollout_weights, {**params, **trained}, definition, mesh, memory=memory)
+    room = {"memory": memory, "unrolled": decodes_unrolled(mesh, config.rollout_layers)}
+    weights, note = choose_weights(config.rollout_weights, {**params, **trained}, definition, mesh, **room)
     return Policy(
         config=config,
         mesh=mesh,
@@ -182,6 +183,8 @@ def policy_programs(policy: Policy, objective: Objective, *, updates: int) -> Pr
         logprob_chunk=config.model.logprob_chunk,
         micro_batches=config.micro_batches,
         rollout_weights=policy.rollout_weights,
+        rollout_layers=config.rollout_layers,
+        rollout_cache=config.rollout_cache,
     )
 
 

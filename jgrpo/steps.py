@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 from jgrpo.config import GRPOOptions
 from jgrpo.core.logprobs import chunked_logprobs
 from jgrpo.core.losses import ON_POLICY_METRICS, on_policy_mask, sft_token_loss, token_loss, token_weights
-from jgrpo.layout import rollout_layout
+from jgrpo.layout import decoding_options, rollout_layout
 from jgrpo.runtime.optimiser import all_finite, select_tree
 from model_port.batch import Batch, struct
 from model_port.beam import search_completions
@@ -161,9 +161,11 @@ def make_programs(
     logprob_chunk: int = 4096,
     micro_batches: int = 1,
     rollout_weights: str = "gathered",
+    rollout_layers: str = "auto",
+    rollout_cache: str = "auto",
 ) -> Programs:
-    """Return the programs of a run over `mesh`; `rollout_weights` is a key of partition.ROLLOUT."""
-    stationary = rollout_weights == "stationary"
+    """Return the programs of a run over `mesh`; those of the rollout are as layout.decoding_options says."""
+    decoding = decoding_options(mesh, weights=rollout_weights, layers=rollout_layers, cache=rollout_cache)
     # A trained encoder is run again with the parameters in question: those of the update, or of the reference.
     reencode = any(name.startswith("encoder.") for name in trainable)
     # Each chunk reads all of the head, so its size is that of a device's share: more devices take no more chunks.
@@ -174,12 +176,10 @@ def make_programs(
         return definition.bind(frozen, params).encode(batch.features, batch.lengths)
 
     def rollout(params, frozen, batch, encoded, keys, **sampling):
-        return sample_completions(
-            definition.bind(frozen, params), batch, encoded, keys, stationary=stationary, **sampling
-        )
+        return sample_completions(definition.bind(frozen, params), batch, encoded, keys, **decoding, **sampling)
 
     def beam(params, frozen, batch, encoded, **search):
-        return search_completions(definition.bind(frozen, params), batch, encoded, stationary=stationary, **search)
+        return search_completions(definition.bind(frozen, params), batch, encoded, **decoding, **search)
 
     def score(params, frozen, batch, encoded, tokens):
         return logprobs(params, frozen, batch, encoded, tokens)[0]

@@ -11,6 +11,7 @@ Shape letters, in addition to the ones of model_port.generate: B beams of a prom
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from model_port.batch import Batch, Completions, struct
+from model_port.decoder import unrolled_on
 from model_port.errors import UserError
 from model_port.model import GraniteSpeech, has_audio, last_hidden
 from model_port.partition import stationary_weights
@@ -92,10 +94,12 @@ def search_completions(
     num_tokens: int,
     length_penalty: float = 1.0,
     stationary: bool = False,
+    unrolled: bool = False,
+    cache_dtype: Any = None,
 ) -> Completions:
     """Prefill every prompt once and search over its keys and values; each beam has a cache of its own. Traceable.
 
-    `stationary` is that of model_port.generate.sample_completions.
+    `stationary`, `unrolled` and `cache_dtype` are those of model_port.generate.sample_completions.
     """
     use_lora = has_audio(batch)
     hidden, prefix = model.decoder.prefill(model.embed_prompts(batch, encoded), batch.mask, use_lora=use_lora)
@@ -123,11 +127,10 @@ def search_completions(
         last = jax.lax.dynamic_index_in_dim(beams.tokens, t - 1, axis=2, keepdims=False)
         with stationary_weights(stationary):
             x = model.embed_completions(last)
-            hidden, cache = model.decoder.step(x, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
+            hidden, cache = model.decoder.step(x, layers, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
             logits = model.policy_logits(hidden)
         beams, parent, finished, going = advance(beams, finished, going, logits, t)
-        index = parent[None, :, :, None, None, None]
-        cache = tuple(jnp.take_along_axis(store, index, axis=2) for store in cache)
+        cache = jax.tree.map(lambda store: _of_parents(store, parent), cache)
         return t + 1, beams, cache, finished, going
 
     first = model.policy_logits(last_hidden(hidden, batch.mask))[:, None]
@@ -136,11 +139,17 @@ def search_completions(
     start = jnp.where(jnp.arange(num_beams) == 0, 0.0, NEVER)[None]
     beams = dataclasses.replace(empty, score=jnp.broadcast_to(start, (num_prompts, num_beams)))
     beams, _, finished, going = advance(beams, empty, jnp.ones(num_prompts, bool), first, 0)
-    cache = model.decoder.empty_cache(num_prompts, num_beams, max(num_tokens - 1, 1), model.dtype)
+    sizes = {"num_samples": num_beams, "num_tokens": max(num_tokens - 1, 1)}
+    layers, prefix, cache = model.decoder.decoding(prefix, **sizes, dtype=cache_dtype or model.dtype, unrolled=unrolled)
     finished = jax.lax.while_loop(keep_going, extend, (jnp.int32(1), beams, cache, finished, going))[3]
     best = finished.take(jnp.zeros((num_prompts, 1), jnp.int32))
     mask = jnp.arange(num_tokens)[None, None] < best.length[:, :, None]
     return Completions(tokens=best.tokens, mask=mask, logp=best.logp)
+
+
+def _of_parents(store: Float[Array, "*n P B K T h"], parent: Int[Array, "P B"]) -> Float[Array, "*n P B K T h"]:
+    index = parent.reshape((1,) * (store.ndim - 5) + parent.shape + (1, 1, 1))
+    return jnp.take_along_axis(store, index, axis=store.ndim - 4)
 
 
 def _empty(shape: tuple[int, int, int], pad: int) -> Hypotheses:
@@ -197,4 +206,4 @@ def _finish(
 def _beam_search(graph, state, batch, **options):
     model = nnx.merge(graph, state)
     encoded = model.encode(batch.features, batch.lengths)
-    return search_completions(model, batch, encoded, **options)
+    return search_completions(model, batch, encoded, unrolled=unrolled_on(jax.default_backend()), **options)

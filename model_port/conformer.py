@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from model_port.config import EncoderConfig
-from model_port.layers import MASKED, Embedding, LayerNorm, Linear, align, parameter, scan_layers
+from model_port.layers import MASKED, Embedding, LayerNorm, Linear, align, contract, parameter, run_layers
 from model_port.partition import constrain
 
 NORM_EPS = 1e-5  # torch LayerNorm and BatchNorm1d default
@@ -54,11 +54,10 @@ class BlockAttention(nnx.Module):
         k, v = (part.reshape(shape) for part in jnp.moveaxis(self.to_kv(u), -2, 0))
         offsets = jnp.arange(block)
         distance = self.rel_pos_emb(offsets[:, None] - offsets[None, :] + self.max_pos_emb).astype(x.dtype)
-        f32 = {"preferred_element_type": jnp.float32}
-        scores = jnp.einsum("bnchd,bnrhd->bnhcr", q, k, **f32) + jnp.einsum("bnchd,crd->bnhcr", q, distance, **f32)
+        scores = contract("bnchd,bnrhd->bnhcr", q, k) + contract("bnchd,crd->bnhcr", q, distance)
         keys = jnp.pad(valid, ((0, 0), (0, pad))).reshape(batch, num_blocks, 1, 1, block)
         scores = jnp.where(keys, scores * self.dim_head**-0.5, MASKED)
-        out = jnp.einsum("bnhcr,bnrhd->bnchd", jax.nn.softmax(scores, axis=-1).astype(x.dtype), v)
+        out = contract("bnhcr,bnrhd->bnchd", jax.nn.softmax(scores, axis=-1).astype(x.dtype), v).astype(x.dtype)
         return self.to_out(out.reshape(batch, num_blocks * block, -1)[:, :frames])
 
 
@@ -181,6 +180,6 @@ class Encoder(nnx.Module):
             h = constrain(jax.lax.cond(index == middle, feedback, lambda h: h, plain))
             return h, (plain if before_feedback else h) if any(taps) else None
 
-        x, outputs = scan_layers(self.layers, body, x, jnp.arange(1, self.config.num_layers + 1), remat=remat)
+        x, outputs = run_layers(self.layers, body, x, jnp.arange(1, self.config.num_layers + 1), remat=remat)
         kept.update({i: outputs[i - 1] for i in taps if i > 0})
         return x, kept

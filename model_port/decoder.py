@@ -4,6 +4,8 @@ A prompt's keys and values exist once, however many completions follow it. Sourc
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,34 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from model_port.config import DecoderConfig, LoraConfig
-from model_port.layers import Embedding, Linear, Part, RMSNorm, attend, rotary, rotary_tables, scan_layers
+from model_port.layers import (
+    Embedding,
+    Linear,
+    Part,
+    RMSNorm,
+    attend,
+    recomputed,
+    rotary,
+    rotary_tables,
+    run_layers,
+    unstack,
+)
 from model_port.partition import constrain, constrain_heads, constrain_stationary, constrain_stream
 
-KeysValues = tuple[Float[Array, "n P L K h"], Float[Array, "n P L K h"]]  # of all n layers
-Cache = tuple[Float[Array, "n P G K T h"], Float[Array, "n P G K T h"]]
+# Keys and values of all n layers, stacked; or, where layers are unrolled, of each.
+KeysValues = (
+    tuple[Float[Array, "n P L K h"], Float[Array, "n P L K h"]]
+    | list[tuple[Float[Array, "P L K h"], Float[Array, "P L K h"]]]
+)
+Cache = (
+    tuple[Float[Array, "n P G K T h"], Float[Array, "n P G K T h"]]
+    | list[tuple[Float[Array, "P G K T h"], Float[Array, "P G K T h"]]]
+)
+
+
+def unrolled_on(platform: str) -> bool:
+    """Return whether decoding is faster with unstacked layers (Decoder.decoding) on cpu, gpu or tpu."""
+    return platform != "tpu"
 
 
 class SelfAttention(nnx.Module):
@@ -47,8 +72,13 @@ class MLP(nnx.Module):
         self.down_proj = linear("down_proj", config.intermediate_size, config.hidden_size, axes=("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "P N D"], use_lora: bool) -> Float[Array, "P N D"]:
-        hidden = jax.nn.silu(self.gate_proj(x, use_lora)) * self.up_proj(x, use_lora)
+        hidden = _gated(self.gate_proj(x, use_lora), self.up_proj(x, use_lora))
         return self.down_proj(constrain_stationary(hidden, "tensor"), use_lora)
+
+
+@recomputed
+def _gated(gate, up):
+    return jax.nn.silu(gate) * up
 
 
 class Layer(nnx.Module):
@@ -96,46 +126,65 @@ class Decoder(nnx.Module):
             return self._prompt_attention(q, k, v, mask), (constrain_heads(k), constrain_heads(v))
 
         tables = self._tables(jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2]))
-        x, prefix = scan_layers(
+        x, prefix = run_layers(
             self.layers, lambda layer, x, _: layer(x, tables, look, use_lora), constrain(x), None, remat=remat
         )
         return self.norm(x), prefix
 
+    def decoding(
+        self, prefix: KeysValues, *, num_samples: int, num_tokens: int, dtype, unrolled: bool = False
+    ) -> tuple[Any, KeysValues, Cache]:
+        """Return what `step` reads for T tokens of G samples: layers, the prompts' keys and values, an empty cache.
+
+        Args:
+            dtype: of prefix and cache.
+            unrolled: whether each layer has weights, prefix and cache of its own. A scan over stacked ones copies what
+                a layer reads for every token on CPUs and GPUs; on TPUs it is read in place.
+        """
+        prompts, heads, width = prefix[0].shape[1], self.config.num_key_value_heads, self.config.head_dim
+        shape = (self.config.num_hidden_layers, prompts, num_samples, num_tokens, heads, width)
+        cache = tuple(constrain_heads(jnp.zeros(shape, dtype), axis=1).swapaxes(-3, -2) for _ in range(2))
+        prefix = tuple(part.astype(dtype) for part in prefix)
+        if not unrolled:
+            return self.layers, prefix, cache
+        return unstack(self.layers), unstack(prefix), unstack(cache)
+
     def step(
         self,
         x: Float[Array, "P G D"],
+        layers: Any,
         prefix: KeysValues,
         prefix_mask: Bool[Array, "P L"],
         cache: Cache,
         t,
         *,
-        use_lora,
+        use_lora: bool,
     ) -> tuple[Float[Array, "P G D"], Cache]:
-        """Run the t-th completion token of all samples; return hidden states and the cache with slot t written."""
-        samples, slots = x.shape[1], cache[0].shape[-2]
-        earlier = (jnp.arange(slots) < t)[None, None, None, :]
+        """Run the t-th completion token of all samples; return hidden states and the cache with slot t written.
+
+        `layers`, `prefix` and the first `cache` are those of `decoding`.
+        """
+        samples, slots = x.shape[1], jax.tree.leaves(cache)[0].shape[-2]
+        so_far = (jnp.arange(slots) <= t)[None, None, None, :]
         tables = self._tables(
             jnp.broadcast_to(prefix_mask.sum(-1, dtype=jnp.int32)[:, None] + t, (x.shape[0], samples))
         )
 
-        def body(layer, x, own):
-            kept, prompt = own
+        def body(layer, carry, own):
+            (x, cache), (index, prompt) = carry, own
 
             def look(q, k, v):
                 q, k, v = (constrain_heads(part)[:, :, None] for part in (q, k, v))
-                past = Part(*(part.swapaxes(2, 3) for part in kept), earlier)
-                itself = Part(k, v, jnp.ones((1, 1, 1, 1), bool))
-                out = self._attend(q, Part(*prompt, prefix_mask[:, None, None]), past, itself)
-                return out[:, :, 0], (k, v)
+                changed, completion = _write(cache, index, t, k, v)
+                out = self._attend(q, Part(*prompt, prefix_mask[:, None, None]), Part(*completion, so_far))
+                return out[:, :, 0], changed
 
-            return layer(x, tables, look, use_lora)
+            x, cache = layer(x, tables, look, use_lora)
+            return (x, cache), None
 
-        # What is new is written once, after all layers: a cache that changed on the way would be copied in each.
-        x, new = scan_layers(self.layers, body, x, (cache, prefix))
-        cache = tuple(
-            jax.lax.dynamic_update_slice_in_dim(store, item.swapaxes(3, 4), t, axis=4)
-            for store, item in zip(cache, new, strict=True)
-        )
+        indices = range(len(layers)) if isinstance(layers, list) else jnp.arange(self.config.num_hidden_layers)
+        own = list(zip(indices, prefix, strict=True)) if isinstance(layers, list) else (indices, prefix)
+        (x, cache), _ = run_layers(layers, body, (x, cache), own)
         return self.norm(x), cache
 
     def complete(
@@ -167,22 +216,14 @@ class Decoder(nnx.Module):
             return jnp.concatenate([self._prompt_attention(*prompt, mask), out], axis=1), None
 
         stream = constrain(jnp.concatenate([x, completions.reshape(p, g * t, -1)], axis=1))
-        stream, _ = scan_layers(
+        stream, _ = run_layers(
             self.layers, lambda layer, x, _: layer(x, tables, look, use_lora), stream, None, remat=remat
         )
         stream = self.norm(stream)
         return stream[:, :length], stream[:, length:].reshape(p, g, t, -1)
 
-    def empty_cache(self, num_prompts: int, num_samples: int, num_tokens: int, dtype) -> Cache:
-        """Return zeroed keys and values for the completions of all layers."""
-        layers, heads, width = (
-            getattr(self.config, name) for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")
-        )
-        shape = (layers, num_prompts, num_samples, num_tokens, heads, width)
-        return tuple(constrain_heads(jnp.zeros(shape, dtype), axis=1).swapaxes(3, 4) for _ in range(2))
-
     def _attend(self, q, *parts: Part):
-        return attend(q, *parts, scale=self.config.attention_multiplier)
+        return recomputed(partial(attend, scale=self.config.attention_multiplier))(q, *parts)
 
     def _prompt_attention(self, q, k, v, mask):
         causal = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))[None, None]
@@ -191,3 +232,31 @@ class Decoder(nnx.Module):
 
     def _tables(self, positions: Int[Array, "P N"]):
         return rotary_tables(positions, theta=self.config.rope_theta, head_dim=self.config.head_dim)
+
+
+def grow_cache(cache: Any, slots: int) -> Any:
+    """Return a cache with empty slots behind its own, so many in all."""
+
+    def pad(store):
+        return jnp.pad(store, [(0, 0)] * (store.ndim - 2) + [(0, slots - store.shape[-2]), (0, 0)])
+
+    return jax.tree.map(pad, cache)
+
+
+def _write(cache: Cache, index, t, *new: Float[Array, "P G 1 K h"]):
+    """Write slot t of a layer's keys and values, in place; return the cache, and these two [P, G, T, K, h]."""
+    new = [item.swapaxes(2, 3) for item in new]
+    if isinstance(cache, list):
+        pairs = zip(cache[index], new, strict=True)
+        own = tuple(
+            jax.lax.dynamic_update_slice_in_dim(store, item.astype(store.dtype), t, axis=3) for store, item in pairs
+        )
+        cache = [*cache[:index], own, *cache[index + 1 :]]
+    else:
+        pairs = zip(cache, new, strict=True)
+        cache = tuple(
+            jax.lax.dynamic_update_slice(store, item[None].astype(store.dtype), (index, 0, 0, 0, t, 0))
+            for store, item in pairs
+        )
+        own = tuple(jax.lax.dynamic_index_in_dim(store, index, keepdims=False) for store in cache)
+    return cache, tuple(store.swapaxes(2, 3) for store in own)

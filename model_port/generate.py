@@ -1,6 +1,7 @@
 """Sampling completions: the prompt is encoded and prefilled once, then G samples decode over its keys and values."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from model_port.batch import Batch, Completions
+from model_port.decoder import grow_cache, unrolled_on
 from model_port.errors import UserError
 from model_port.model import GraniteSpeech, has_audio, last_hidden
 from model_port.partition import stationary_weights
 from model_port.sampling import row_keys, sample
+
+STAGED_FROM = 100  # slots of a cache
 
 
 def generate(
@@ -86,6 +90,8 @@ def sample_completions(
     top_k: int = 0,
     min_p: float = 0.0,
     stationary: bool = False,
+    unrolled: bool = False,
+    cache_dtype: Any = None,
 ) -> Completions:
     """Prefill every prompt once and decode until all samples have ended or T tokens stand. Traceable.
 
@@ -93,6 +99,8 @@ def sample_completions(
 
     Args:
         stationary: whether the weights stay split over fsdp while tokens are decoded (model_port.partition).
+        unrolled: whether the decoder's layers are unstacked (Decoder.decoding); compile time then grows with depth.
+        cache_dtype: of the keys and values of prompts and completions; by default that of the model.
     """
     use_lora = has_audio(batch)
     hidden, prefix = model.decoder.prefill(model.embed_prompts(batch, encoded), batch.mask, use_lora=use_lora)
@@ -114,15 +122,15 @@ def sample_completions(
         running = running & (token[:, :, None] != eos[None, None, :]).all(-1)
         return Completions(**put), parts["tokens"], running
 
-    def keep_going(state):
+    def keep_going(stop, state):
         t, _, running, _, _ = state
-        return (t < num_tokens) & running.any()
+        return (t < stop) & running.any()
 
     def decode(state):
         t, token, running, cache, out = state
         with stationary_weights(stationary):
             x = model.embed_completions(token)
-            hidden, cache = model.decoder.step(x, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
+            hidden, cache = model.decoder.step(x, layers, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
             logits = model.policy_logits(hidden)
         token, logp = draw(logits, t)
         out, token, running = write(out, t, token, logp, running)
@@ -132,12 +140,30 @@ def sample_completions(
     out = Completions(tokens=jnp.full(shape, pad), mask=jnp.zeros(shape, bool), logp=jnp.zeros(shape, jnp.float32))
     token, logp = draw(jnp.broadcast_to(first, (num_prompts, num_samples, first.shape[-1])), 0)
     out, token, running = write(out, 0, token, logp, jnp.ones((num_prompts, num_samples), bool))
-    cache = model.decoder.empty_cache(num_prompts, num_samples, max(num_tokens - 1, 1), model.dtype)
-    return jax.lax.while_loop(keep_going, decode, (jnp.int32(1), token, running, cache, out))[-1]
+    sizes = cache_sizes(num_tokens, unrolled=unrolled)
+    layers, prefix, cache = model.decoder.decoding(
+        prefix, num_samples=num_samples, num_tokens=sizes[0], dtype=cache_dtype or model.dtype, unrolled=unrolled
+    )
+    state = (jnp.int32(1), token, running, cache, out)
+    for size in sizes:
+        *others, cache, out = state
+        going = partial(keep_going, min(size + 1, num_tokens))
+        state = jax.lax.while_loop(going, decode, (*others, grow_cache(cache, size), out))
+    return state[-1]
+
+
+def cache_sizes(num_tokens: int, *, unrolled: bool) -> list[int]:
+    """Return the slots of the cache from stage to stage of decoding; the last of T tokens needs none.
+
+    A token reads all slots, also those that are empty. Two stages, the first with half the slots, spare a quarter of
+    that, and compile the layers twice: worth it where the cache is long and read slowly, on CPUs and GPUs.
+    """
+    slots = max(num_tokens - 1, 1)
+    return [-(-slots // 2), slots] if unrolled and slots >= STAGED_FROM else [slots]
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "temperature", "top_p", "top_k", "min_p"))
 def _generate(graph, state, batch, keys, **options):
     model = nnx.merge(graph, state)
     encoded = model.encode(batch.features, batch.lengths)
-    return sample_completions(model, batch, encoded, keys, **options)
+    return sample_completions(model, batch, encoded, keys, unrolled=unrolled_on(jax.default_backend()), **options)

@@ -1,7 +1,7 @@
 """The small parts every room of the model is built from: linear, norms, rotary positions, attention.
 
 Every module takes `stack`, a tuple of leading sizes for its parameters: `(n,)` makes n layers at once, to be run by
-`scan_layers`. Each parameter carries its logical axes in the metadata `axes`; model_port.partition maps
+`run_layers`. Each parameter carries its logical axes in the metadata `axes`; model_port.partition maps
 them to a mesh.
 """
 
@@ -16,6 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 INIT_STDDEV = 0.02  # transformers PreTrainedModel.initializer_range
 MASKED = -1e30  # a finite stand-in for -inf: a row with every key masked stays finite, in value and in gradient
+
+
+# For what is cheaply computed from its arguments: the backward pass does so again instead of keeping what lies between,
+# which costs memory, and the time to write and read it. In a scan prevent_cse is not needed, and would cost fusion.
+recomputed = partial(jax.checkpoint, prevent_cse=False)
 
 
 def parameter(
@@ -41,7 +46,8 @@ def product(x: Float[Array, "..."], y: Float[Array, "..."], batch: int = 0, dtyp
 
     The gradient of y is a sum over N, for which XLA on CPUs turns round the left factor, together with all that it is
     computed from. JAX's own rule has the slope there; here it is the smaller of x and the slope, which takes a third
-    off the update of a small model. Where matrices are multiplied either way round it makes no difference.
+    off the update of a small model. Where matrices are multiplied either way round it makes no difference. A float32
+    slope of bfloat16 factors is rounded to their dtype, as PyTorch does: matrix units want both factors in one.
     """
     shared = tuple(range(batch))
     return jax.lax.dot_general(x, y, (((x.ndim - 1,), (batch,)), (shared, shared)), preferred_element_type=dtype)
@@ -53,6 +59,7 @@ def _product_forward(x, y, batch, dtype):
 
 def _product_backward(batch, dtype, saved, slope):
     x, y = saved
+    slope = slope.astype(x.dtype)
     shared, rows = tuple(range(batch)), tuple(range(batch, x.ndim - 1))
     columns = tuple(range(x.ndim - 1, slope.ndim)), tuple(range(batch + 1, y.ndim))
     dx = jax.lax.dot_general(slope, y, (columns, (shared, shared)))
@@ -64,6 +71,31 @@ def _product_backward(batch, dtype, saved, slope):
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def contract(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return jnp.einsum(spec, x, y) in float32; every letter of x and y stands in the other or in the result.
+
+    Slopes are rounded as in `product`.
+    """
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _contract_forward(spec, x, y):
+    return contract(spec, x, y), (x, y)
+
+
+def _contract_backward(spec, saved, slope):
+    x, y = saved
+    (left, right), out = spec.split("->")[0].split(","), spec.split("->")[1]
+    f32 = {"preferred_element_type": jnp.float32}
+    dx = jnp.einsum(f"{out},{right}->{left}", slope.astype(y.dtype), y, **f32)
+    dy = jnp.einsum(f"{out},{left}->{right}", slope.astype(x.dtype), x, **f32)
+    return dx.astype(x.dtype), dy.astype(y.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
 
 
 class LoRA(nnx.Module):
@@ -136,9 +168,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
-        return align(self.scale[...].astype(x.dtype), x) * y.astype(x.dtype)
+        return _root_mean_square(x, self.scale[...].astype(x.dtype), self.eps)
+
+
+@partial(recomputed, static_argnums=2)
+def _root_mean_square(x, scale, eps):
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+    return align(scale, x) * y.astype(x.dtype)
 
 
 def rotary(
@@ -179,19 +216,30 @@ def attend(q: Float[Array, "P G N H h"], *parts: Part, scale: float) -> Float[Ar
     p, g, n, heads, width = q.shape
     kv_heads = parts[0].keys.shape[-2]
     q = q.reshape(p, g, n, kv_heads, heads // kv_heads, width)
-    f32 = {"preferred_element_type": jnp.float32}
-    scores = []
-    for keys, _, mask in parts:
-        own = "pgskh" if keys.ndim == 5 else "pskh"
-        score = jnp.einsum(f"pgnkrh,{own}->pkrgns", q, keys, **f32) * scale
-        scores.append(jnp.where(mask[:, None, None], score, MASKED))
-    peak = jax.lax.stop_gradient(reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in scores]))
-    weights = [jnp.exp(score - peak) for score in scores]
-    total = sum(weight.sum(-1, keepdims=True) for weight in weights)
-    out = 0.0
-    for (_, values, _), weight in zip(parts, weights, strict=True):
-        own = "pgskh" if values.ndim == 5 else "pskh"
-        out = out + jnp.einsum(f"pkrgns,{own}->pgnkrh", (weight / total).astype(q.dtype), values, **f32)
+    every = "pkrgns"  # order of all scores but a single token's: there the keys are larger, and must not be turned
+
+    def spelled(part):
+        own = part.keys.ndim == 5
+        return ("pgkrns" if own and n == 1 else every), ("pgskh" if own else "pskh")
+
+    def turn(x, order, wanted):
+        return jnp.einsum(f"{order}->{wanted}", x)
+
+    parts = [(part, *spelled(part)) for part in parts]
+    scores, peaks, sums, out = [], [], [], 0.0
+    for part, order, keys in parts:
+        score = contract(f"pgnkrh,{keys}->{order}", q, part.keys) * scale
+        mask = jnp.expand_dims(part.mask, [order.index(axis) for axis in "kr"])
+        scores.append(jnp.where(mask, score, MASKED))
+        peaks.append(turn(scores[-1].max(-1, keepdims=True), order, every))
+    peak = jax.lax.stop_gradient(reduce(jnp.maximum, peaks))
+    weights = [jnp.exp(score - turn(peak, every, order)) for score, (_, order, _) in zip(scores, parts, strict=True)]
+    for weight, (_, order, _) in zip(weights, parts, strict=True):
+        sums.append(turn(weight.sum(-1, keepdims=True), order, every))
+    total = sum(sums)
+    for weight, (part, order, keys) in zip(weights, parts, strict=True):
+        share = (weight / turn(total, every, order)).astype(q.dtype)
+        out = out + contract(f"{order},{keys}->pgnkrh", share, part.values)
     return out.astype(q.dtype).reshape(p, g, n, heads, width)
 
 
@@ -202,15 +250,22 @@ REMAT = {
 }
 
 
-def scan_layers(
-    stacked: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry, xs, *, remat: str = "none"
-):
-    """Run `body(layer, carry, x) -> (carry, y)` over stacked layers; compile time does not grow with depth.
+def run_layers(layers: Any, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry, xs, *, remat: str = "none"):
+    """Run `body(layer, carry, x) -> (carry, y)` over all layers; return the last carry and every y.
 
     Args:
-        remat: which activations the backward pass recomputes: none, dots (keeps matrix products) or full.
+        layers: a module of stacked layers, which are scanned, so that compile time does not grow with depth; `xs` and
+            the ys are then stacked, too. Or what `unstack` makes of it, which runs layer by layer; `xs` and the ys are
+            then lists.
+        remat: which activations the backward pass of a scan recomputes: none, dots (keeps matrix products) or full.
     """
-    graph, state = nnx.split(stacked)
+    if isinstance(layers, list):
+        ys = []
+        for layer, x in zip(layers, xs, strict=True):
+            carry, y = body(layer, carry, x)
+            ys.append(y)
+        return carry, ys
+    graph, state = nnx.split(layers)
 
     def step(carry, layer_and_x):
         layer_state, x = layer_and_x
@@ -219,3 +274,12 @@ def scan_layers(
     if REMAT[remat] is not None:
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(step, carry, (state, xs))
+
+
+def unstack(stacked: Any) -> list[Any]:
+    """Return the layers of a stacked module, or of a tree of stacked arrays, one by one."""
+    if isinstance(stacked, nnx.Module):
+        graph, state = nnx.split(stacked)
+        return [nnx.merge(graph, layer) for layer in unstack(state)]
+    leaves, structure = jax.tree.flatten(stacked)
+    return [structure.unflatten(layer) for layer in zip(*leaves, strict=True)]

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from model_port.config import ProjectorConfig
-from model_port.layers import LayerNorm, Linear, parameter, scan_layers
+from model_port.layers import LayerNorm, Linear, contract, parameter, run_layers
 from model_port.partition import constrain
 
 
@@ -29,9 +29,9 @@ class Attention(nnx.Module):
         split = (-1, self.num_heads, x.shape[-1] // self.num_heads)
         q = self.query(x).reshape(x.shape[0], *split)
         k, v = (proj(memory).reshape(memory.shape[0], *split) for proj in (self.key, self.value))
-        scores = jnp.einsum("bqhd,bwhd->bhqw", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        out = jnp.einsum("bhqw,bwhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(x.dtype), v)
-        return self.norm(x + self.out(out.reshape(x.shape)))
+        scores = contract("bqhd,bwhd->bhqw", q, k) * q.shape[-1] ** -0.5
+        out = contract("bhqw,bwhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(x.dtype), v)
+        return self.norm(x + self.out(out.reshape(x.shape).astype(x.dtype)))
 
 
 class FeedForward(nnx.Module):
@@ -81,5 +81,5 @@ class Projector(nnx.Module):
         frames = constrain(frames.reshape(batch * windows, window, width))
         query = self.layernorm(self.query[...].astype(frames.dtype))
         x = constrain(jnp.broadcast_to(query, (batch * windows, *query.shape[1:])))
-        x, _ = scan_layers(self.layers, lambda layer, x, _: (constrain(layer(x, frames)), None), x, None)
+        x, _ = run_layers(self.layers, lambda layer, x, _: (constrain(layer(x, frames)), None), x, None)
         return self.linear(x).reshape(batch, windows * self.config.num_queries, -1)

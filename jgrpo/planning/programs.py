@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgrpo.layout import choose_weights, rollout_dtype
+from jgrpo.layout import choose_weights, decodes_unrolled, rollout_dtype
 from jgrpo.planning.arrays import (
     Arrays,
     Clip,
@@ -24,6 +24,7 @@ from jgrpo.planning.arrays import (
 )
 from jgrpo.steps import Programs, Targets, grpo_objective, make_programs, sft_objective, truncation
 from model_port.batch import Batch
+from model_port.generate import cache_sizes
 from model_port.partition import ROLLOUT, batch_sharding
 
 GREEDY = {"temperature": 0.0}
@@ -52,7 +53,7 @@ class Call:
         arguments: shapes with shardings.
         times: calls in a training step; 0 for what only an evaluation runs.
         flops: of its matrix products over all chips, by the numbers of parameters and tokens.
-        trips: of a loop whose end the data decides, at most.
+        trips: of each loop whose end the data decides, at most.
         at_a_time: share of its temporaries that exist at one time, where it stands for several programs in turn.
     """
 
@@ -70,7 +71,12 @@ def abstract_run(arrays: Arrays, *, memory: float) -> AbstractRun:
     """Return the run with its programs; `memory` is the HBM of a chip in bytes."""
     config, trained, frozen = arrays.config, arrays.state.params, arrays.frozen
     weights = choose_weights(
-        config.rollout_weights, {**frozen, **trained}, arrays.definition, arrays.mesh, memory=int(memory)
+        config.rollout_weights,
+        {**frozen, **trained},
+        arrays.definition,
+        arrays.mesh,
+        memory=int(memory),
+        unrolled=decodes_unrolled(arrays.mesh, config.rollout_layers),
     )
     shardings, dtype = shardings_of(arrays, ROLLOUT[weights[0]]), jnp.dtype(config.model.dtype)
 
@@ -89,6 +95,8 @@ def abstract_run(arrays: Arrays, *, memory: float) -> AbstractRun:
         logprob_chunk=config.model.logprob_chunk,
         micro_batches=config.micro_batches,
         rollout_weights=weights[0],
+        rollout_layers=config.rollout_layers,
+        rollout_cache=config.rollout_cache,
     )
     decoding = tuple({name: for_decoding(name, leaf) for name, leaf in part.items()} for part in (trained, frozen))
     fields = {entry.name: getattr(arrays, entry.name) for entry in dataclasses.fields(Arrays)}
@@ -163,7 +171,9 @@ def _layout(run: AbstractRun) -> list[Call]:
 def _rollout(run, clip: Clip, name: str, prompts: int, samples: int, options: dict[str, Any], *, times: int) -> Call:
     keys = _rows(run, (prompts, samples), jax.eval_shape(lambda: jax.random.key(0)).dtype)
     inputs = (*run.decoding, *_inputs(run, clip, prompts), keys)
-    flops, trips = decoder_flops(run, clip, prompts, samples), options["num_tokens"] - 1
+    unrolled = decodes_unrolled(run.mesh, run.config.rollout_layers)
+    stages = len(cache_sizes(options["num_tokens"], unrolled=unrolled))
+    flops, trips = decoder_flops(run, clip, prompts, samples), -(-(options["num_tokens"] - 1) // stages)
     return Call(name, run.programs.rollout.__wrapped__, inputs, options, times, flops, trips)
 
 

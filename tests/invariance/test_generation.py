@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model_port.generate import generate, sample_completions
+from model_port.generate import cache_sizes, generate, sample_completions
 from model_port.params import split_model
 from model_port.sampling import row_keys
 from model_port.weights.convert import build_model
@@ -101,6 +101,32 @@ def test_one_token(model, run, out):
     whole = full_forward(model, run.batch, out.tokens, temperature=TEMPERATURE)
     scored = run.score(out.tokens[:, :, :1])
     np.testing.assert_allclose(scored, at(whole, out.tokens)[:, :, :1], atol=1e-4)
+
+
+def test_scanned_layers_and_stages_of_the_cache_change_no_sample(run, out, monkeypatch):
+    # As an attribute of the package, `generate` is the function.
+    monkeypatch.setattr(importlib.import_module("model_port.generate"), "STAGED_FROM", 4)
+    assert len(cache_sizes(T, unrolled=True)) == 2
+    for layers in ("scanned", "unrolled"):
+        samples = jax.device_get(Run(rollout_layers=layers).rollout())
+        np.testing.assert_array_equal(samples.tokens, out.tokens)
+        np.testing.assert_array_equal(samples.mask, out.mask)
+        np.testing.assert_allclose(samples.logp, out.logp, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "unrolled", "sizes"),
+    [(1, True, [1]), (2, True, [1]), (64, True, [63]), (200, False, [199]), (200, True, [100, 199])],
+)
+def test_stages_of_the_cache(num_tokens, unrolled, sizes):
+    assert cache_sizes(num_tokens, unrolled=unrolled) == sizes
+
+
+def test_a_cache_of_less_precision_is_near_but_another_policy(run, out):
+    samples = jax.device_get(Run(rollout_cache="bfloat16").rollout())
+    first_tokens = (samples.tokens[:, :, :2] == out.tokens[:, :, :2]).all(-1)
+    drift = np.abs(samples.logp[:, :, 1] - out.logp[:, :, 1])[first_tokens]
+    assert first_tokens.mean() > 0.9 and 1e-5 < drift.max() < 0.05
 
 
 def test_decoding_stops_when_all_samples_have_ended(model, run, monkeypatch):

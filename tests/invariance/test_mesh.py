@@ -51,10 +51,11 @@ def weight_shapes(run):
     return shapes
 
 
+@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
 @pytest.mark.parametrize(("weights", "mesh"), [("gathered", (2, 2, 2)), ("stationary", (1, 4, 2))], ids=str)
-def test_decoding_a_token_moves_no_weights(weights, mesh, out):
+def test_decoding_a_token_moves_no_weights(weights, mesh, layers, out):
     """Neither layout gathers a weight inside the decoding loop, and neither changes a sample."""
-    ours = Run(mesh=mesh, rollout_weights=weights)
+    ours = Run(mesh=mesh, rollout_weights=weights, rollout_layers=layers)
     samples, text = ours.compiled_rollout()
     np.testing.assert_array_equal(samples.tokens, out.tokens)
     np.testing.assert_allclose(samples.logp, out.logp, atol=TOLERANCE)

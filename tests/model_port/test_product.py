@@ -1,11 +1,13 @@
-"""The product with a gradient rule of its own, against JAX's rule."""
+"""Products with gradient rules of their own, against JAX's rule and float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model_port.layers import product
+from benchmarks.workload import Size, plan
+from jgrpo.planning.programs import calls
+from model_port.layers import contract, product
 
 SHAPES = {
     "narrow to wide": ((2, 5, 3), (3, 7), 0),
@@ -49,3 +51,41 @@ def test_nothing_is_computed_for_a_frozen_factor():
         return jax.jit(jax.grad(lambda x, y: product(x, y).sum(), of)).lower(x, y).compile().cost_analysis()["flops"]
 
     assert flops(0) < flops((0, 1))
+
+
+@pytest.mark.parametrize(
+    "spec", ["pgnkrh,pskh->pkrgns", "pgkrns,pgskh->pgnkrh", "bnchd,crd->bnhcr", "bhqw,bwhd->bqhd"], ids=str
+)
+def test_contract_and_its_gradients_are_einsums_in_float64(spec):
+    names, out = spec.split("->")
+    sizes = {letter: 2 + place for place, letter in enumerate(sorted(set(names) - {","}))}
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=[sizes[letter] for letter in name]) for name in names.split(","))
+    slope = rng.normal(size=[sizes[letter] for letter in out])
+    value, back = jax.vjp(lambda x, y: contract(spec, x, y), *(jnp.asarray(part, jnp.float32) for part in (x, y)))
+    np.testing.assert_allclose(value, np.einsum(spec, x, y), rtol=1e-4, atol=1e-4)
+    left, right = names.split(",")
+    dx, dy = back(jnp.asarray(slope, jnp.float32))
+    np.testing.assert_allclose(dx, np.einsum(f"{out},{right}->{left}", slope, y), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dy, np.einsum(f"{out},{left}->{right}", slope, x), rtol=1e-4, atol=1e-4)
+
+
+def dots(jaxpr):
+    """All matrix products of a jaxpr, those inside its loops and remats too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from dots(getattr(inner, "jaxpr", inner))
+
+
+def test_every_product_of_a_bfloat16_step_has_bfloat16_factors():
+    """A float32 factor makes a matrix unit compute in float32, at a fraction of its rate."""
+    run, clip = plan(Size(model="tiny", dtype="bfloat16", prompts=2, samples=2, seconds=2.0, new_tokens=4))
+    for call in calls(run, clip):
+        if call.name in ("rollout", "score", "update"):
+            with jax.set_mesh(run.mesh):
+                found = list(dots(call.program.trace(*call.arguments, **call.options).jaxpr.jaxpr))
+            factors = [tuple(str(operand.aval.dtype) for operand in each.invars) for each in found]
+            assert len(factors) > 20 and set(factors) == {("bfloat16", "bfloat16")}, call.name

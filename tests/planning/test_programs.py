@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from jgrpo.layout import choose_weights
 from jgrpo.options import EvalOptions, GRPOOptions
 from jgrpo.planning.arrays import chip_bytes, model_config
 from jgrpo.planning.cost import program_cost
@@ -41,6 +42,26 @@ def test_calls_of_grpo(config, make_run):
     # In float32 stationary weights lie as in training, so that nothing is moved for the rollout.
     stationary = dataclasses.replace(without, rollout_weights="stationary")
     assert names(*make_run(stationary)) == [("rollout", 2), ("update", 2)]
+
+
+@pytest.mark.parametrize(("layers", "trips"), [("scanned", 199), ("unrolled", 100)])
+def test_the_stages_of_decoding_share_its_tokens(config, make_run, layers, trips):
+    run, clip = make_run(dataclasses.replace(config, max_completion_tokens=200, rollout_layers=layers))
+    assert {call.trips for call in calls(run, clip) if call.name == "rollout"} == {trips}
+
+
+def test_weights_are_gathered_where_memory_holds_a_copy_or_two_where_layers_are_unrolled(config, make_run):
+    run, _ = make_run(config)
+    shapes = {**run.frozen, **run.state.params}
+
+    def least(unrolled):
+        """Return the least memory, in steps of a tenth, with which they are gathered."""
+        for memory in (int(1e4 * 1.1**step) for step in range(100)):
+            options = {"memory": memory, "unrolled": unrolled}
+            if choose_weights("auto", shapes, run.definition, run.mesh, **options)[0] == "gathered":
+                return memory
+
+    assert run.mesh.shape["fsdp"] > 1 and least(True) > 1.3 * least(False)
 
 
 def test_calls_of_sft_with_a_validation(sft, make_run):
