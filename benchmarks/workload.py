@@ -118,17 +118,23 @@ def run_config(size: Size, *, model: dict | None = None, grpo: dict | None = Non
 
 
 def plan(
-    size: Size, *, ends_after: int | None = None, decoder: dict[str, int] | None = None, **options: Any
+    size: Size,
+    *,
+    ends_after: int | None = None,
+    decoder: dict[str, int] | None = None,
+    devices: list[Any] | None = None,
+    **options: Any,
 ) -> tuple[AbstractRun, Clip]:
     """Return a run of this size as shapes, with its programs, and the padded lengths of its prompts.
 
     Args:
         ends_after, decoder: see model_config.
+        devices: of the mesh; by default those that there are.
         options: see run_config.
     """
     config = run_config(size, **options)
     model = model_config(size.model, ends_after=ends_after, **(decoder or {}))
-    arrays = run_arrays(config, model, make_mesh(config.mesh))
+    arrays = run_arrays(config, model, make_mesh(config.mesh, devices))
     run = abstract_run(arrays, memory=UNLIMITED)
     return run, Clip.of(run, size.seconds)
 

@@ -31,7 +31,7 @@ class ModelOptions:
     trainable: tuple[str, ...] = ("projector", "lora")
     """Patterns of parameter names to train: projector, lora, decoder, encoder, a longer path, or all."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes, per layer: nothing, all but matrix products, or everything."""
+    """What of a layer the backward pass recomputes: norms, gates, attention; all but matrix products; everything."""
     logprob_chunk: int = 4096
     """Completion tokens of a device's prompts whose logits exist at one time."""
 

@@ -257,7 +257,8 @@ def run_layers(layers: Any, body: Callable[[Any, Any, Any], tuple[Any, Any]], ca
         layers: a module of stacked layers, which are scanned, so that compile time does not grow with depth; `xs` and
             the ys are then stacked, too. Or what `unstack` makes of it, which runs layer by layer; `xs` and the ys are
             then lists.
-        remat: which activations the backward pass of a scan recomputes: none, dots (keeps matrix products) or full.
+        remat: what the backward pass of a scan recomputes besides `recomputed`: none, dots (keeps matrix products) or
+            full.
     """
     if isinstance(layers, list):
         ys = []

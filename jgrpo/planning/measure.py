@@ -86,11 +86,11 @@ class Measured:
         return self.cost is not None and self.memory.total <= chip.hbm
 
 
-def compile_call(call: Call, mesh: Mesh) -> Compiled:
-    """Compile a program for the devices of a mesh."""
+def compile_call(call: Call, mesh: Mesh, platforms: tuple[str, ...] | None = None) -> Compiled:
+    """Compile a program for the devices of a mesh; `platforms` names theirs where JAX cannot tell."""
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = call.program.lower(*call.arguments, **call.options)
+        lowered = call.program.trace(*call.arguments, **call.options).lower(lowering_platforms=platforms)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
