@@ -24,7 +24,7 @@ def get_config() -> GRPOConfig:
             cache_features=True,
             cache_encoder=True,
         ),
-        num_steps=150,
+        num_steps=240,
         prompts_per_step=12,
         max_completion_tokens=20,
         optimiser=OptimiserOptions(learning_rate=3e-4, beta2=0.99),
