@@ -5,6 +5,7 @@
 
 From a base size one number at a time is made a quarter and four times as large. The exponent is that of the power law
 that fits best: 1 is linear, less means that what does not grow still counts, more than 1 would be worse than linear.
+An update of more prompts than the base is measured in one piece, and in micro-batches of as many as the base has.
 Then the same step is laid out over 1, 2, 4 and 8 devices of the data axis. Where there are fewer, these are virtual
 ones of the CPU: all of them share its cores, so that shows what the layout adds to the work, and not a speed-up.
 """
@@ -24,6 +25,7 @@ from model_port.partition import MeshConfig
 NUMBERS = ("prompts", "samples", "seconds", "new_tokens")
 DEVICES = (1, 2, 4, 8)
 PROGRAMS = ("encode", "rollout", "update")
+PIECES = "update in micro-batches"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -57,12 +59,14 @@ def _sizes(report: Report, base: Size, names: list[str], options: argparse.Names
     factors = options.factors
     sizes = {(name, factor): _times(base, name, factor) for name in names for factor in factors}
     cases = {}
+    programs = [*options.programs, *([PIECES] if "update" in options.programs else [])]
     for size in dict.fromkeys(sizes.values()):
-        cases |= {(size, program): case for program, case in _programs(size, options.programs).items()}
+        found = _programs(size, programs, pieces=max(1, size.prompts // base.prompts))
+        cases |= {(size, program): case for program, case in found.items()}
     timings = measure(cases, rounds=options.rounds)
     for name in names:
         own = [sizes[name, factor] for factor in factors]
-        for program in options.programs:
+        for program in programs if name == "prompts" else options.programs:
             seconds = [timings[size, program].median for size in own]
             at = [getattr(size, name) for size in own]
             report.row(
@@ -81,13 +85,16 @@ def _times(size: Size, name: str, factor: float) -> Size:
     return dataclasses.replace(size, **{name: changed})
 
 
-def _programs(size: Size, names: list[str], **options: Any) -> dict[str, Callable[[], Any]]:
-    """Return what to measure at a size, of the programs that are asked for."""
+def _programs(size: Size, names: list[str], *, pieces: int = 1, **options: Any) -> dict[str, Callable[[], Any]]:
+    """Return what to measure at a size, of the programs that are asked for; PIECES is in so many micro-batches."""
     work = Workload(size, **options)
     cases = {"encode": work.encode, "rollout": work.rollout}
     if "update" in names:
         targets = work.targets(work.rollout())
         cases["update"] = lambda: work.update(targets)
+    if PIECES in names:
+        split = work.variant(micro_batches=pieces)
+        cases[PIECES] = lambda: split.update(targets)
     return {name: cases[name] for name in names}
 
 

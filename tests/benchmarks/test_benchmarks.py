@@ -133,6 +133,13 @@ def test_scale(tmp_path):
         assert row["exponent"] == pytest.approx(np.log2(row["x1"] / row["x0.5"]))
 
 
+def test_more_prompts_are_also_updated_in_micro_batches(tmp_path):
+    words = "--only prompts --factors 1 2 --programs update --device-counts".split()
+    rows = run(scale, tmp_path, *words)["rows"]
+    assert [row["program"] for row in rows] == ["update", "update in micro-batches"]
+    assert all(row["x2"] > 0 for row in rows)
+
+
 def test_cases_take_turns(monkeypatch):
     calls = []
     cases = {name: lambda name=name: calls.append(name) for name in "ab"}
