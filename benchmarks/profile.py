@@ -6,8 +6,8 @@
 Every operation of the compiled program counts with what it was made of: a fusion with the first of these kinds that it
 holds. `products` are matrix products (and fusions with one), `random` numbers for sampling, `gathers` lookups, scatters
 and writes into part of an array, `copies` data that is moved or turned round, `reductions` sums, maxima and sorts,
-`elementwise` the rest. `busy` is the time that operations of one device add up to, which may be more than `seconds`
-where several run at a time; `share` is of busy.
+`elementwise` arithmetic on every element, `other` the rest. `busy` is the time that operations of one device add up to,
+which may be more than `seconds` where several run at a time; `share` is of busy.
 """
 
 import collections

@@ -59,14 +59,16 @@ def _sizes(report: Report, base: Size, names: list[str], options: argparse.Names
     factors = options.factors
     sizes = {(name, factor): _times(base, name, factor) for name in names for factor in factors}
     cases = {}
-    programs = [*options.programs, *([PIECES] if "update" in options.programs else [])]
-    for size in dict.fromkeys(sizes.values()):
-        found = _programs(size, programs, pieces=max(1, size.prompts // base.prompts))
+    split = [PIECES] if "update" in options.programs else []
+    programs = {name: [*options.programs, *(split if name == "prompts" else [])] for name in names}
+    for (name, _), size in sizes.items():
+        missing = [program for program in programs[name] if (size, program) not in cases]
+        found = _programs(size, missing, pieces=max(1, size.prompts // base.prompts)) if missing else {}
         cases |= {(size, program): case for program, case in found.items()}
     timings = measure(cases, rounds=options.rounds)
     for name in names:
         own = [sizes[name, factor] for factor in factors]
-        for program in programs if name == "prompts" else options.programs:
+        for program in programs[name]:
             seconds = [timings[size, program].median for size in own]
             at = [getattr(size, name) for size in own]
             report.row(
@@ -89,7 +91,7 @@ def _programs(size: Size, names: list[str], *, pieces: int = 1, **options: Any) 
     """Return what to measure at a size, of the programs that are asked for; PIECES is in so many micro-batches."""
     work = Workload(size, **options)
     cases = {"encode": work.encode, "rollout": work.rollout}
-    if "update" in names:
+    if "update" in names or PIECES in names:
         targets = work.targets(work.rollout())
         cases["update"] = lambda: work.update(targets)
     if PIECES in names:
