@@ -5,15 +5,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from jgrpo.core.advantages import group_advantages, zero_variance
 from jgrpo.core.shaping import overlong_penalty
+from jgrpo.core.tree import first_fit, layouts, pack, sort_rows
 from jgrpo.data.pipeline import PromptBatch, PromptData
 from jgrpo.options import GRPOOptions
 from jgrpo.rewards import Reward
 from jgrpo.rewards.reward import SourceRewards
-from model_port.batch import Completions
+from jgrpo.runtime.rows import gather
+from model_port.batch import Batch, Completions, Trees
 from model_port.sampling import row_keys
 
 # The purpose folded into a seed's key: sampling for the stream's prompts, and for those that replace them in dynamic
@@ -59,6 +62,33 @@ def flat_examples(
     columns = {name: repeat(values) for name, values in prompts.columns.items()}
     sources = None if prompts.sources is None else repeat(prompts.sources.tolist())
     return [text for group in texts for text in group], repeat(prompts.references), columns, sources
+
+
+def pack_completions(
+    tokens: Int[np.ndarray, "P G T"], mask: Bool[np.ndarray, "P G T"], prompts: Batch, mesh: Mesh
+) -> tuple[Trees, dict[str, float]]:
+    """Return this process's completions as prefix trees, in the layout that all processes agree on, and metrics of it.
+
+    The layout is the smallest that holds every group of the step, and so depends on its tokens alone.
+
+    Args:
+        mask: true up to and including the last token, also of completions that are not learnt from.
+        prompts: that they belong to, on the host.
+    """
+    rows = sort_rows(tokens, mask)
+    choices = layouts(*tokens.shape[1:], prompt_tokens=prompts.tokens.shape[1])
+    own = {"layout": first_fit(rows, choices), "prompt": prompts.mask.sum(1)}
+    own |= {"tokens": rows.lengths.sum(1), "nodes": rows.distinct(), "fed": rows.fed()}
+    step = gather(own, mesh)
+    trees, slots = choices[step["layout"].max()]
+    metrics = {
+        "tree/trees": trees,
+        "tree/slots": slots,
+        "tree/tokens_per_node": float(step["tokens"].sum() / max(step["nodes"].sum(), 1)),
+        "padding/prompts": float(1 - step["prompt"].mean() / prompts.tokens.shape[1]),
+        "padding/nodes": float(1 - step["fed"].mean() / (trees * slots)),
+    }
+    return pack(rows, (trees, slots)), metrics
 
 
 def score_groups(

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Int, PyTree
+from jaxtyping import Bool, Float, PyTree
 
 from jgrpo.config import GRPOOptions
 from jgrpo.core.logprobs import chunked_logprobs
 from jgrpo.core.losses import ON_POLICY_METRICS, on_policy_mask, sft_token_loss, token_loss, token_weights
 from jgrpo.layout import decoding_options, rollout_layout
 from jgrpo.runtime.optimiser import all_finite, select_tree
-from model_port.batch import Batch, struct
+from model_port.batch import Batch, Trees, struct
 from model_port.beam import search_completions
 from model_port.generate import sample_completions
 from model_port.params import ModelDef, Params
@@ -48,7 +48,7 @@ class Targets:
     """Completions to learn from, with what the objective needs to know of each.
 
     Attributes:
-        tokens: completion tokens; positions after the end hold the pad id.
+        trees: the completions.
         mask: true where a token is learnt from: up to and including the end-of-sequence token, or nowhere.
         old_logp: log-probs under the policy that sampled; zeros for references.
         ref_logp: log-probs under the frozen initial policy; None when no KL is wanted.
@@ -56,7 +56,7 @@ class Targets:
         is_off_policy: true for completions that were not sampled (mixed-policy GRPO); None where there are none.
     """
 
-    tokens: Int[Array, "P G T"]
+    trees: Trees
     mask: Bool[Array, "P G T"]
     old_logp: Float[Array, "P G T"]
     ref_logp: Float[Array, "P G T"] | None
@@ -132,7 +132,7 @@ class Programs:
             Completions; params and frozen are those of `layout`.
         beam: (params, frozen, batch, encoded, num_beams=, num_tokens=) to the Completions [P, 1, T] of a beam search;
             params and frozen as for `rollout`.
-        score: (params, frozen, batch, encoded, tokens [P, G, T]) to log-probs [P, G, T] at the training temperature
+        score: (params, frozen, batch, encoded, Trees) to log-probs [P, G, T] at the training temperature
             and truncation.
         update: (TrainState, frozen, batch, encoded, Targets) to (TrainState, metrics); the state is donated.
         share: (tree of [P, ...], part, parts=) to the rows part, part + parts, ... of every array: each device keeps
@@ -181,11 +181,11 @@ def make_programs(
     def beam(params, frozen, batch, encoded, **search):
         return search_completions(definition.bind(frozen, params), batch, encoded, **decoding, **search)
 
-    def score(params, frozen, batch, encoded, tokens):
-        return logprobs(params, frozen, batch, encoded, tokens)[0]
+    def score(params, frozen, batch, encoded, trees):
+        return logprobs(params, frozen, batch, encoded, trees)[0]
 
     def piece_loss(params, frozen, batch, encoded, targets, weights, shares):
-        logp, entropy = logprobs(params, frozen, batch, encoded, targets.tokens)
+        logp, entropy = logprobs(params, frozen, batch, encoded, targets.trees)
         loss, metrics = objective.token_loss(logp, targets)
         drift = jnp.where(on_policy_mask(targets.mask, targets.is_off_policy), jnp.abs(logp - targets.old_logp), 0.0)
         metrics = {**metrics, "entropy": entropy, "logp_drift": drift}
@@ -232,15 +232,17 @@ def make_programs(
 
 
 def _logprobs_of(definition: ModelDef, objective: Objective, *, remat: str, chunk: int, reencode: bool) -> Callable:
-    """Return the function that scores completions: (log-probs, entropies) [P, G, T]."""
+    """Return the function that scores completions: (log-probs, entropies) [P, G, T], arbitrary where masked."""
 
-    def logprobs(params, frozen, batch, encoded, tokens):
+    def logprobs(params, frozen, batch, encoded, trees):
         model = definition.bind(frozen, params)
         if reencode:
             encoded = model.encode(batch.features, batch.lengths, remat=remat)
-        hidden = model.completion_hidden(batch, encoded, tokens, remat=remat)
+        hidden = model.completion_hidden(batch, encoded, trees, remat=remat)
         distribution = {"temperature": objective.temperature, **objective.truncation}
-        return chunked_logprobs(hidden, tokens, model.policy_logits, chunk_tokens=chunk, **distribution)
+        nodes = chunked_logprobs(hidden, trees.tokens, model.policy_logits, chunk_tokens=chunk, **distribution)
+        places = trees.node_of.reshape(len(trees.node_of), -1)
+        return tuple(jnp.take_along_axis(x, places, axis=1).reshape(trees.node_of.shape) for x in nodes)
 
     return logprobs
 

@@ -14,7 +14,7 @@ import jax
 from jgrpo.config import GRPOConfig
 from jgrpo.groups import GroupSampler, step_metrics, write_completions
 from jgrpo.rewards import RewardPool
-from jgrpo.rollout import advantages, learnt_tokens, reference_rows
+from jgrpo.rollout import advantages, learnt_tokens, pack_completions, reference_rows
 from jgrpo.runtime.rows import place
 from jgrpo.setup import Run, finish_run, finish_step, start_run
 from jgrpo.steps import Targets, apply_updates, grpo_objective
@@ -43,10 +43,12 @@ def train_grpo(config: GRPOConfig) -> Run:
             groups = sample_groups(prompts)
             host, inputs = groups.completions, (groups.batch, groups.encoded)
 
-            # 2. Meanwhile the device scores them under the frozen initial policy.
-            tokens, ref_logp = place(host.tokens, policy.mesh), None
+            # 2. Meanwhile the device scores them under the frozen initial policy. What a group's completions have in
+            # common is computed once.
+            trees, packing = pack_completions(host.tokens, host.mask, groups.prompts.batch, policy.mesh)
+            trees, ref_logp = place(trees, policy.mesh), None
             if grpo.beta > 0:
-                ref_logp = programs.score(run.reference, policy.frozen, *inputs, tokens)
+                ref_logp = programs.score(run.reference, policy.frozen, *inputs, trees)
             with timer("score"):
                 jax.block_until_ready(ref_logp)
             with timer("reward_wait"):
@@ -61,10 +63,10 @@ def train_grpo(config: GRPOConfig) -> Run:
                 "is_off_policy": reference_rows(values[own].shape) if grpo.mixed_policy else None,
             }
             with timer("update"):
-                targets = Targets(tokens=tokens, ref_logp=ref_logp, **place(learnt, policy.mesh))
+                targets = Targets(trees=trees, ref_logp=ref_logp, **place(learnt, policy.mesh))
                 run.state, metrics = apply_updates(programs, run.state, policy.frozen, *inputs, targets, **passes)
 
-            metrics |= step_metrics(groups, scores, values, mixed=grpo.mixed_policy)
+            metrics |= packing | step_metrics(groups, scores, values, mixed=grpo.mixed_policy)
             seconds = time.perf_counter() - started
             metrics |= {"tokens_per_second": metrics["num_tokens"] / seconds, "seconds": seconds}
             if config.completions_every and run.step % config.completions_every == 0:

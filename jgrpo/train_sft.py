@@ -6,9 +6,11 @@ import jax
 import numpy as np
 
 from jgrpo.config import SFTConfig
+from jgrpo.rollout import pack_completions
 from jgrpo.runtime.rows import gather, place
 from jgrpo.setup import Run, finish_run, finish_step, start_run
 from jgrpo.steps import Targets, apply_updates, sft_objective
+from model_port.batch import Trees
 
 
 def train_sft(config: SFTConfig) -> Run:
@@ -23,7 +25,9 @@ def train_sft(config: SFTConfig) -> Run:
             with timer("data"):
                 prompts = next(stream)
                 batch = place(prompts.batch, policy.mesh)
-                targets = place(reference_targets(prompts.reference_tokens, prompts.reference_mask), policy.mesh)
+                references = prompts.reference_tokens, prompts.reference_mask
+                trees, packing = pack_completions(*references, prompts.batch, policy.mesh)
+                targets = place(reference_targets(trees, prompts.reference_mask), policy.mesh)
             with timer("encode"):
                 encoded = jax.block_until_ready(run.encode(run.state.params, run.data, prompts, batch))
             with timer("update"):
@@ -33,16 +37,14 @@ def train_sft(config: SFTConfig) -> Run:
             del metrics["logp_drift"], metrics["logp_drift_max"], metrics["empty"]
             lengths = gather(prompts.reference_mask.sum(-1), policy.mesh)
             seconds, tokens = time.perf_counter() - started, int(lengths.sum())
-            metrics |= {"num_tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
+            metrics |= packing | {"num_tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
             metrics["completions/mean_length"] = float(lengths.mean())
             finish_step(run, metrics, {"loss": metrics["loss"], "tokens/s": metrics["tokens_per_second"]})
         finish_run(run)
     return run
 
 
-def reference_targets(tokens: np.ndarray, mask: np.ndarray) -> Targets:
-    """Return references [P, 1, T] as targets of supervised learning."""
-    zeros = np.zeros(tokens.shape, np.float32)
-    return Targets(
-        tokens=tokens, mask=mask, old_logp=zeros, ref_logp=None, advantage=np.ones(tokens.shape[:2], np.float32)
-    )
+def reference_targets(trees: Trees, mask: np.ndarray) -> Targets:
+    """Return references as targets of supervised learning; `mask` [P, 1, T] is true where they have a token."""
+    zeros = np.zeros(mask.shape, np.float32)
+    return Targets(trees=trees, mask=mask, old_logp=zeros, ref_logp=None, advantage=np.ones(mask.shape[:2], np.float32))

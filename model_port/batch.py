@@ -70,3 +70,26 @@ class Completions:
     tokens: Int[Array, "P G T"]
     mask: Bool[Array, "P G T"]
     logp: Float[Array, "P G T"]
+
+
+@struct
+class Trees:
+    """The completions of P groups as prefix trees: N = F M + G nodes, a token after the tokens before it each.
+
+    Each group has F trees of M slots, in depth-first order, for the nodes that something follows and which the model
+    is fed; then G nodes that nothing follows, which are predicted only. Slot i of a tree sees the prompt and slot j
+    where j <= i < ends[j]: the nodes before it and itself. A slot that is not in use sees the prompt and itself.
+
+    Attributes:
+        tokens: of every node.
+        parents: the slot that predicts a node, trees one after the other; -1 is the prompt's last token.
+        depths: completion tokens before a slot's own.
+        ends: one past the last slot of a slot's subtree, counted in its tree.
+        node_of: the node of every completion token; 0 where there is none.
+    """
+
+    tokens: Int[Array, "P N"]
+    parents: Int[Array, "P N"]
+    depths: Int[Array, "P F M"]
+    ends: Int[Array, "P F M"]
+    node_of: Int[Array, "P G T"]

@@ -1,4 +1,4 @@
-"""The Granite decoder. One layer runs in three ways: prompts, one decoding step, completions over their prompts.
+"""The Granite decoder. One layer runs in three ways: prompts, one decoding step, trees of completions.
 
 A prompt's keys and values exist once, however many completions follow it. Source: transformers GraniteModel.
 """
@@ -191,36 +191,38 @@ class Decoder(nnx.Module):
         self,
         x: Float[Array, "P L D"],
         mask: Bool[Array, "P L"],
-        completions: Float[Array, "P G T D"],
+        nodes: Float[Array, "P F M D"],
+        depths: Int[Array, "P F M"],
+        ends: Int[Array, "P F M"],
         *,
         use_lora: bool = True,
         remat: str = "none",
-    ) -> tuple[Float[Array, "P L D"], Float[Array, "P G T D"]]:
-        """Run prompts and their completions together; the prompt costs L tokens per group, not G * L.
+    ) -> tuple[Float[Array, "P L D"], Float[Array, "P F M D"]]:
+        """Run prompts and their completions together, as F prefix trees per prompt (batch.Trees says which are seen).
 
-        Both parts travel as one stream of L + G * T tokens through the projections; only attention tells them apart.
+        Both parts travel as one stream of L + F M tokens through the projections; only attention tells them apart.
         """
-        (p, length, _), (_, g, t, _) = x.shape, completions.shape
-        causal = jnp.tril(jnp.ones((t, t), bool))[None, None]
-        positions = mask.sum(-1, dtype=jnp.int32)[:, None, None] + jnp.arange(t)[None, None, :]
-        positions = jnp.broadcast_to(positions, (p, g, t)).reshape(p, g * t)
+        (p, length, _), (_, f, m, _) = x.shape, nodes.shape
+        slot = jnp.arange(m)
+        visible = (slot[None, :] <= slot[:, None])[None, None] & (slot[None, None, :, None] < ends[:, :, None])
+        positions = (mask.sum(-1, dtype=jnp.int32)[:, None, None] + depths).reshape(p, f * m)
         prompt_positions = jnp.broadcast_to(jnp.arange(length)[None], (p, length))
         tables = self._tables(jnp.concatenate([prompt_positions, positions], axis=1))
 
         def look(q, k, v):
             prompt = [part[:, :length] for part in (q, k, v)]
-            own = [part[:, length:].reshape(p, g, t, *part.shape[2:]) for part in (q, k, v)]
+            own = [part[:, length:].reshape(p, f, m, *part.shape[2:]) for part in (q, k, v)]
             shared = Part(prompt[1], prompt[2], mask[:, None, None])
-            out = self._attend(own[0], Part(own[1], own[2], causal), shared)
-            out = out.reshape(p, g * t, *out.shape[3:])
+            out = self._attend(own[0], Part(own[1], own[2], visible), shared)
+            out = out.reshape(p, f * m, *out.shape[3:])
             return jnp.concatenate([self._prompt_attention(*prompt, mask), out], axis=1), None
 
-        stream = constrain(jnp.concatenate([x, completions.reshape(p, g * t, -1)], axis=1))
+        stream = constrain(jnp.concatenate([x, nodes.reshape(p, f * m, -1)], axis=1))
         stream, _ = run_layers(
             self.layers, lambda layer, x, _: layer(x, tables, look, use_lora), stream, None, remat=remat
         )
         stream = self.norm(stream)
-        return stream[:, :length], stream[:, length:].reshape(p, g, t, -1)
+        return stream[:, :length], stream[:, length:].reshape(p, f, m, -1)
 
     def _attend(self, q, *parts: Part):
         return recomputed(partial(attend, scale=self.config.attention_multiplier))(q, *parts)

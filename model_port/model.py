@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from model_port.batch import Batch
+from model_port.batch import Batch, Trees
 from model_port.config import GraniteSpeechConfig
 from model_port.conformer import Encoder
 from model_port.decoder import Decoder
@@ -92,18 +92,20 @@ class GraniteSpeech(nnx.Module):
         return jnp.where(ids == self.config.audio_token_id, MASKED, logits)
 
     def completion_hidden(
-        self, batch: Batch, encoded: Float[Array, "P C A X"], tokens: Int[Array, "P G T"], *, remat: str = "none"
-    ) -> Float[Array, "P G T D"]:
-        """Return the hidden states that predict each completion token, the prompt computed once per group.
+        self, batch: Batch, encoded: Float[Array, "P C A X"], trees: Trees, *, remat: str = "none"
+    ) -> Float[Array, "P N D"]:
+        """Return the hidden states that predict each node of the completions' prefix trees.
 
-        Position t holds the state after the prompt and the first t completion tokens.
+        The prompt is computed once per group, and so is what completions have in common at their beginning.
         """
-        prompts = self.embed_prompts(batch, encoded)
-        inputs = self.embed_completions(tokens[:, :, : max(tokens.shape[2] - 1, 1)])
-        prompt, own = self.decoder.complete(prompts, batch.mask, inputs, use_lora=has_audio(batch), remat=remat)
-        last = last_hidden(prompt, batch.mask)[:, None, None, :]
-        last = jnp.broadcast_to(last, (*tokens.shape[:2], 1, last.shape[-1]))
-        return jnp.concatenate([last, own], axis=2)[:, :, : tokens.shape[2]]
+        prompts, (p, f, m) = self.embed_prompts(batch, encoded), trees.ends.shape
+        nodes = self.embed_completions(trees.tokens[:, : f * m]).reshape(p, f, m, -1)
+        shape = (trees.depths, trees.ends)
+        prompt, own = self.decoder.complete(
+            prompts, batch.mask, nodes, *shape, use_lora=has_audio(batch), remat=remat
+        )
+        states = jnp.concatenate([last_hidden(prompt, batch.mask)[:, None], own.reshape(p, f * m, -1)], axis=1)
+        return jnp.take_along_axis(states, trees.parents[:, :, None] + 1, axis=1)
 
 
 def has_audio(batch: Batch) -> bool:

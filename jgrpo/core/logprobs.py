@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of given tokens, without the [P, G, T, V] array of their logits."""
+"""Log-probabilities and entropies of given tokens, without the [P, N, V] array of their logits."""
 
 from collections.abc import Callable
 
@@ -26,8 +26,8 @@ def _token_logprobs(
 
 
 def chunked_logprobs(
-    hidden: Float[Array, "P G T D"],
-    targets: Int[Array, "P G T"],
+    hidden: Float[Array, "P N D"],
+    targets: Int[Array, "P N"],
     logits_fn: Callable[[jax.Array], jax.Array],
     *,
     chunk_tokens: int,
@@ -35,17 +35,17 @@ def chunked_logprobs(
     top_p: float | int = 1.0,
     top_k: int = 0,
     min_p: float | int = 0.0,
-) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"]]:
-    """Log-probability of each target and entropy of its distribution, a slice of T at a time.
+) -> tuple[Float[jax.Array, "P N"], Float[jax.Array, "P N"]]:
+    """Log-probability of each target and entropy of its distribution, a slice of N at a time.
 
     Each slice holds at most chunk_tokens tokens (at least one per row), and its logits are computed again in the
-    backward pass, so memory does not grow with T. The slices run along T and leave the axis P sharded as it was.
+    backward pass, so memory does not grow with N. The slices run along N and leave the axis P sharded as it was.
 
     Args:
-        hidden: hidden[p, g, t] predicts targets[p, g, t].
+        hidden: hidden[p, n] predicts targets[p, n].
         logits_fn: [..., D] -> float32 [..., V], divided by the model's logits scaling; forbidden ids are -inf or a
             very negative number. A forbidden target has that log-probability.
-        chunk_tokens: over all P * G rows of the arrays given, whatever the mesh.
+        chunk_tokens: over all P rows of the arrays given, whatever the mesh.
         temperature: divides the logits, for both results. Not 0: the log-probabilities of greedy decoding are those
             at temperature 1.
         top_p, top_k, min_p: the truncation that the targets were sampled with, see truncate_logits. Log-probabilities
@@ -63,17 +63,16 @@ def chunked_logprobs(
         raise UserError(f"chunk_tokens must be at least 1, got {chunk_tokens}.")
     if temperature <= 0:
         raise UserError(f"log-probabilities need a temperature above 0, got {temperature}; score greedy output at 1.")
-    num_prompts, num_samples, length = targets.shape
-    chunk = max(1, min(length, chunk_tokens // (num_prompts * num_samples)))
+    num_prompts, length = targets.shape
+    chunk = max(1, min(length, chunk_tokens // num_prompts))
     num_chunks = -(-length // chunk)
 
     def split(x: Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (x.ndim - 3))
-        x = x.reshape(num_prompts, num_samples, num_chunks, chunk, *x.shape[3:])
-        return jnp.moveaxis(x, 2, 0)
+        x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(num_prompts, num_chunks, chunk, *x.shape[2:]), 1, 0)
 
     def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 2).reshape(num_prompts, num_samples, num_chunks * chunk)[..., :length]
+        return jnp.moveaxis(x, 0, 1).reshape(num_prompts, num_chunks * chunk)[:, :length]
 
     def score(_, hidden_and_targets):
         hidden_chunk, target_chunk = hidden_and_targets

@@ -6,22 +6,22 @@ import pytest
 from jgrpo.core.logprobs import chunked_logprobs
 from model_port.errors import UserError
 
-P, G, T, D, V = 2, 3, 11, 5, 37
+P, N, D, V = 6, 11, 5, 37
 FORBIDDEN = 31  # ids from here on
 
 
 def make_inputs(seed=0):
     rng = np.random.default_rng(seed)
-    hidden = rng.normal(size=(P, G, T, D)).astype(np.float32)
+    hidden = rng.normal(size=(P, N, D)).astype(np.float32)
     kernel = rng.normal(size=(D, V)).astype(np.float32)
-    targets = rng.integers(0, FORBIDDEN, (P, G, T)).astype(np.int32)
-    weights = rng.normal(size=(P, G, T)).astype(np.float32)
+    targets = rng.integers(0, FORBIDDEN, (P, N)).astype(np.int32)
+    weights = rng.normal(size=(P, N)).astype(np.float32)
     return hidden, kernel, targets, weights
 
 
 def project(hidden, kernel, floor=-jnp.inf):
-    logits = jnp.einsum("PGTD,DV->PGTV", hidden, kernel)
-    return jnp.where(jnp.arange(V)[None, None, None] < FORBIDDEN, logits, floor)
+    logits = jnp.einsum("PND,DV->PNV", hidden, kernel)
+    return jnp.where(jnp.arange(V)[None, None] < FORBIDDEN, logits, floor)
 
 
 def reference(hidden, kernel, targets, temperature):
@@ -31,12 +31,12 @@ def reference(hidden, kernel, targets, temperature):
     probs /= probs.sum(-1, keepdims=True)
     logp = np.log(np.take_along_axis(probs, targets[..., None], -1))[..., 0]
     entropy = -(probs * np.log(probs)).sum(-1)
-    error = (np.eye(V)[targets] - np.pad(probs, [(0, 0)] * 3 + [(0, V - FORBIDDEN)])) / temperature
+    error = (np.eye(V)[targets] - np.pad(probs, [(0, 0)] * 2 + [(0, V - FORBIDDEN)])) / temperature
     return logp, entropy, error
 
 
 @pytest.mark.parametrize(("temperature", "floor"), [(1.0, -np.inf), (0.7, -1e30)])
-@pytest.mark.parametrize("chunk_tokens", [1, 2 * P * G + 1, 4 * P * G, 10_000])
+@pytest.mark.parametrize("chunk_tokens", [1, 2 * P + 1, 4 * P, 10_000])
 def test_value_and_gradient_equal_the_whole_computation(chunk_tokens, temperature, floor):
     hidden, kernel, targets, weights = make_inputs()
 
@@ -52,16 +52,16 @@ def test_value_and_gradient_equal_the_whole_computation(chunk_tokens, temperatur
     np.testing.assert_allclose(entropy, want_entropy, rtol=1e-5, atol=1e-5)
     error = weights[..., None] * error
     np.testing.assert_allclose(gradients[0], error @ kernel.T.astype(np.float64), rtol=1e-4, atol=1e-5)
-    want_kernel = np.einsum("PGTD,PGTV->DV", hidden.astype(np.float64), error)
+    want_kernel = np.einsum("PND,PNV->DV", hidden.astype(np.float64), error)
     np.testing.assert_allclose(gradients[1], want_kernel, rtol=1e-4, atol=1e-5)
 
 
 def test_by_hand():
     # Logits ln 1, ln 2, ln 1 and a forbidden id: probabilities 1/4, 1/2, 1/4; entropy 1.5 ln 2.
-    hidden = jnp.log(jnp.array([[[[1.0, 2.0, 1.0, 0.0]]]]))
-    logp, entropy = chunked_logprobs(hidden, jnp.array([[[1]]]), lambda x: x, chunk_tokens=1)
-    np.testing.assert_allclose(logp, [[[-np.log(2)]]], rtol=1e-6)
-    np.testing.assert_allclose(entropy, [[[1.5 * np.log(2)]]], rtol=1e-6)
+    hidden = jnp.log(jnp.array([[[1.0, 2.0, 1.0, 0.0]]]))
+    logp, entropy = chunked_logprobs(hidden, jnp.array([[1]]), lambda x: x, chunk_tokens=1)
+    np.testing.assert_allclose(logp, [[-np.log(2)]], rtol=1e-6)
+    np.testing.assert_allclose(entropy, [[1.5 * np.log(2)]], rtol=1e-6)
 
 
 def truncated(logits, target, top_p, top_k, min_p):
@@ -91,7 +91,7 @@ def test_truncated_distribution_with_the_target_in_it(options):
     (_, (logp, entropy)), gradient = jax.jit(jax.value_and_grad(f, has_aux=True))(hidden)
     logits = np.asarray(project(hidden, kernel), np.float64) / 0.7
     outside = 0
-    for index in np.ndindex(P, G, T):
+    for index in np.ndindex(P, N):
         settings = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, **options}
         probs, ranked = truncated(logits[index], targets[index], **settings)
         outside += not ranked
@@ -100,7 +100,7 @@ def test_truncated_distribution_with_the_target_in_it(options):
         assert entropy[index] == pytest.approx(-(some * np.log(some)).sum(), abs=1e-5)
         slope = weights[index] * (np.eye(V)[targets[index]] - probs) @ kernel.T.astype(np.float64) / 0.7
         np.testing.assert_allclose(gradient[index], slope, rtol=1e-4, atol=1e-5)
-    assert 0 < outside < P * G * T
+    assert 0 < outside < P * N
 
 
 def test_entropy_has_no_gradient():
@@ -114,15 +114,15 @@ def test_entropy_has_no_gradient():
 def test_a_forbidden_target_spoils_no_other_position():
     # Padding may hold a forbidden id: its own log-probability is -inf, and masked positions get no cotangent.
     hidden, kernel, targets, weights = make_inputs()
-    targets[0, 0, -1] = FORBIDDEN
+    targets[0, -1] = FORBIDDEN
 
     def f(hidden):
         logp, entropy = chunked_logprobs(hidden, targets, lambda x: project(x, kernel), chunk_tokens=12)
         return jnp.sum(jnp.where(targets < FORBIDDEN, weights * logp, 0.0)), (logp, entropy)
 
     (_, (logp, entropy)), gradient = jax.value_and_grad(f, has_aux=True)(hidden)
-    assert np.isneginf(logp[0, 0, -1]) and np.sum(~np.isfinite(np.asarray(logp))) == 1
-    assert np.all(np.isfinite(entropy)) and np.all(np.isfinite(gradient)) and np.all(gradient[0, 0, -1] == 0)
+    assert np.isneginf(logp[0, -1]) and np.sum(~np.isfinite(np.asarray(logp))) == 1
+    assert np.all(np.isfinite(entropy)) and np.all(np.isfinite(gradient)) and np.all(gradient[0, -1] == 0)
 
 
 def array_sizes(jaxpr):
@@ -142,14 +142,14 @@ def test_no_array_of_all_logits_forward_or_backward():
         return jnp.sum(weights * logp)
 
     step = jax.value_and_grad(loss, (0, 1))
-    all_logits = P * G * T * V
-    chunk = 2 * P * G
+    all_logits = P * N * V
+    chunk = 2 * P
     sizes = list(array_sizes(jax.make_jaxpr(step, static_argnums=2)(hidden, kernel, chunk).jaxpr))
     assert max(sizes) == chunk * V < all_logits
     # The inspection would see them: in one chunk they exist.
-    assert max(array_sizes(jax.make_jaxpr(step, static_argnums=2)(hidden, kernel, P * G * T).jaxpr)) == all_logits
+    assert max(array_sizes(jax.make_jaxpr(step, static_argnums=2)(hidden, kernel, P * N).jaxpr)) == all_logits
     text = jax.jit(step, static_argnums=2).lower(hidden, kernel, chunk).compile().as_text()
-    assert f"f32[{P},{G},2,{V}]" in text and f",{T},{V}]" not in text and f"[6,{P},{G},2,{V}]" not in text
+    assert f"f32[{P},2,{V}]" in text and f",{N},{V}]" not in text and f"[6,{P},2,{V}]" not in text
 
 
 def test_prompts_stay_sharded():
@@ -159,7 +159,7 @@ def test_prompts_stay_sharded():
     score = jax.jit(lambda h, t: chunked_logprobs(h, t, lambda x: project(x, kernel), chunk_tokens=12))
     placed = score.lower(jax.device_put(hidden, rows), jax.device_put(targets, rows)).compile()
     logp, _ = placed(jax.device_put(hidden, rows), jax.device_put(targets, rows))
-    assert logp.sharding.is_equivalent_to(rows, 3)
+    assert logp.sharding.is_equivalent_to(rows, 2)
     assert "all-gather" not in placed.as_text() and "all-reduce" not in placed.as_text()
     np.testing.assert_allclose(logp, score(hidden, targets)[0], rtol=1e-6)
 

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from jgrpo.config import GRPOOptions
+from jgrpo.core.tree import first_fit, pack, sort_rows
 from jgrpo.rollout import step_keys
 from jgrpo.runtime.rows import place
 from jgrpo.steps import Targets, grpo_objective, make_programs
@@ -70,9 +71,10 @@ class Run:
             compiled = program.lower(*params, *arrays, num_tokens=T, temperature=TEMPERATURE).compile()
             return jax.device_get(compiled(*params, *arrays)), compiled.as_text()
 
-    def score(self, tokens, batch=None, *, encoded=None):
+    def score(self, tokens, batch=None, *, encoded=None, **packing):
+        """Return log-probs of all tokens [P, G, T], those after the end too; see `make_trees`."""
         encoded = self.encode(batch) if encoded is None else encoded
-        arrays = place(batch or self.batch, self.mesh), encoded, place(tokens, self.mesh)
+        arrays = place(batch or self.batch, self.mesh), encoded, place(make_trees(tokens, **packing), self.mesh)
         return np.asarray(self.programs.score(self.trained, self.frozen, *arrays))
 
     def update(self, targets, batch=None, *, encoded=None, state=None):
@@ -88,13 +90,22 @@ class Run:
         return state.opt_state, metrics
 
 
-def make_targets(out, **changes):
+def make_trees(tokens, mask=None, *, layout=None, share=True):
+    """Completions as prefix trees, in the smallest layout that holds them if no other is asked for."""
+    mask = np.ones(tokens.shape, bool) if mask is None else mask
+    rows, (_, samples, length) = sort_rows(tokens, mask, share=share), tokens.shape
+    choices = [(1, 8), (1, 16), (2, 8), (samples, max(length - 1, 1))]
+    return pack(rows, layout or choices[first_fit(rows, choices).max()])
+
+
+def make_targets(out, *, tokens=None, layout=None, share=True, **changes):
     """Targets with random advantages whose old and reference log-probs are near the policy's, some ratios clipped."""
     rng = np.random.default_rng(11)
     names = ("old_logp", "ref_logp")
     near = {name: (out.logp + rng.normal(0, 0.2, out.logp.shape)).astype(np.float32) for name in names}
     advantage = rng.normal(size=out.mask.shape[:2]).astype(np.float32)
-    return dataclasses.replace(Targets(tokens=out.tokens, mask=out.mask, advantage=advantage, **near), **changes)
+    trees = make_trees(out.tokens if tokens is None else tokens, out.mask, layout=layout, share=share)
+    return dataclasses.replace(Targets(trees=trees, mask=out.mask, advantage=advantage, **near), **changes)
 
 
 def gradient_error(ours, theirs):

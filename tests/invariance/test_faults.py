@@ -49,7 +49,7 @@ def test_2_the_gradient_hears_the_audio_of_every_prompt(run, targets, gradient, 
     assert gradient_error(deaf, gradient[0])[0] > 0.01
 
 
-def test_2_a_trained_encoder_hears_it_too(targets, gradient):
+def test_2_a_trained_encoder_hears_it_too(out, targets, gradient):
     """The encoder runs again inside the update then, and gives the loss that its cached output gives."""
     ours = Run(trainable=(*TRAINABLE, "encoder"), micro_batches=2)
     found, metrics = ours.gradient(targets, encoded=jax.numpy.zeros_like(ours.encode()))
@@ -58,8 +58,8 @@ def test_2_a_trained_encoder_hears_it_too(targets, gradient):
     encoder = {name: value for name, value in found.items() if name.startswith("encoder.")}
     assert len(encoder) > 30 and not encoder.keys() & ours.definition.stats
     # The reference, too, hears with its own encoder and not with what the trained one made of the clips.
-    deaf = ours.score(targets.tokens, encoded=jax.numpy.zeros_like(ours.encode()))
-    np.testing.assert_allclose(deaf, ours.score(targets.tokens), atol=1e-5)
+    deaf = ours.score(out.tokens, encoded=jax.numpy.zeros_like(ours.encode()))
+    np.testing.assert_allclose(deaf, ours.score(out.tokens), atol=1e-5)
     silent, _ = ours.gradient(targets, silenced(range(P)))
     for part in ("input_linear", "layers.attn.to_kv", "layers.conv.depth_conv"):
         name = f"encoder.{part}.kernel"

@@ -10,10 +10,10 @@ from tests.invariance.tiny import CONFIG, G, P, T, extend
 EPSILON = 0.2
 
 
-def separate_sequences(definition, frozen, batch, targets):
+def separate_sequences(definition, frozen, batch, tokens, targets):
     """The DAPO loss as a function of the trained parameters: every sequence runs in full, nothing is shared."""
     assert CONFIG.audio_token_id == CONFIG.decoder.vocab_size - 1, "deleting the last id moves no other"
-    rows = jax.tree.map(jnp.asarray, extend(batch, targets.tokens))
+    rows = jax.tree.map(jnp.asarray, extend(batch, tokens))
     first = np.repeat(batch.mask.sum(-1), G)[:, None] - 1 + np.arange(T)[None]
 
     def loss(trained):
@@ -23,7 +23,7 @@ def separate_sequences(definition, frozen, batch, targets):
         logits = model.logits(jnp.take_along_axis(hidden, first[:, :, None], axis=1)) / TEMPERATURE
         logits = jnp.delete(logits, CONFIG.audio_token_id, axis=-1)
         logp = jax.nn.log_softmax(logits, axis=-1).reshape(P, G, T, -1)
-        logp = jnp.take_along_axis(logp, targets.tokens[..., None], axis=-1)[..., 0]
+        logp = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
         ratio = jnp.exp(logp - targets.old_logp)
         advantage = targets.advantage[:, :, None]
         gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - EPSILON, 1 + EPSILON) * advantage)
@@ -34,8 +34,8 @@ def separate_sequences(definition, frozen, batch, targets):
     return loss
 
 
-def test_loss_and_gradient_equal_those_of_separate_sequences(run, targets, gradient):
-    loss = jax.jit(jax.value_and_grad(separate_sequences(run.definition, run.frozen, run.batch, targets)))
+def test_loss_and_gradient_equal_those_of_separate_sequences(run, out, targets, gradient):
+    loss = jax.jit(jax.value_and_grad(separate_sequences(run.definition, run.frozen, run.batch, out.tokens, targets)))
     expected, separate = loss(run.trained)
     ours, metrics = gradient
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
