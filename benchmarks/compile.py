@@ -89,8 +89,8 @@ def _first_step(report: Report, size: Size) -> None:
     start = time.perf_counter()
     with compilations() as count:
         work = Workload(size)
-        out = work.rollout()
-        jax.block_until_ready((work.score(out), work.update(work.targets(out))))
+        targets = work.targets(work.completions())
+        jax.block_until_ready((work.score(targets.trees), work.update(targets)))
     seconds = time.perf_counter() - start
     report.row(case="start", seconds=seconds, compilations=sum(count.values()), from_cache=len(loaded))
 

@@ -213,10 +213,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def arguments(description: str, *, rounds: int = 5, **defaults: Any) -> argparse.ArgumentParser:
+def arguments(description: str, *, rounds: int = 5, lengths: bool = False, **defaults: Any) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks share; each may add its own.
 
     Args:
+        lengths: whether completions may have other lengths than T.
         defaults: of the shared options, where a benchmark's are others.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,8 +228,15 @@ def arguments(description: str, *, rounds: int = 5, **defaults: Any) -> argparse
     parser.add_argument("--prompts", type=int, default=8, help="P, prompts of a step")
     parser.add_argument("--samples", type=int, default=8, help="G, completions of a prompt")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of every clip")
-    parser.add_argument("--new-tokens", type=int, default=64, help="T, tokens of every completion")
+    parser.add_argument("--new-tokens", type=int, default=64, help="T, tokens of a completion at most")
     parser.add_argument("--text-tokens", type=int, default=28, help="of a prompt, besides its audio")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="cases to measure; by default all of them")
+    if lengths:
+        parser.add_argument(
+            "--mean-length",
+            type=float,
+            help="tokens of a completion on average, log-normal, one of 32 at the limit T; by default all have T",
+        )
+        parser.add_argument("--sharing", type=float, default=1.0, help="tokens of completions over distinct beginnings")
     parser.set_defaults(**defaults)
     return parser

@@ -56,12 +56,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     size = Size.of(options)
     report = Report("profile", dataclasses.asdict(size) | {"rounds": options.rounds})
     work = Workload(size)
-    completions = work.rollout()
-    targets = work.targets(completions)
+    targets = work.targets(work.completions())
     cases = {
         "encode": work.encode,
         "rollout": work.rollout,
-        "score": lambda: work.score(completions),
+        "score": lambda: work.score(targets.trees),
         "update": lambda: work.update(targets),
     }
     abstract, calls = planned_calls(size)

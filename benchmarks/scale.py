@@ -3,11 +3,13 @@
     python -m benchmarks.scale
     python -m benchmarks.scale --model granite-speech-3.3-2b --dtype bfloat16 --prompts 8 --json scale.json
 
-From a base size one number at a time is made a quarter and four times as large. The exponent is that of the power law
-that fits best: 1 is linear, less means that what does not grow still counts, more than 1 would be worse than linear.
-An update of more prompts than the base is measured in one piece, and in micro-batches of as many as the base has.
-Then the same step is laid out over 1, 2, 4 and 8 devices of the data axis. Where there are fewer, these are virtual
-ones of the CPU: all of them share its cores, so that shows what the layout adds to the work, and not a speed-up.
+From a base size one number at a time is made a quarter and four times as large. `limit` is T once more, where one of
+eight tokens ends a completion: the same short completions under limits from half of the base's T to eight times that.
+The exponent is that of the power law that fits best: 1 is linear, less means that what does not grow still counts, and
+more than 1 would be worse than linear. An update of more prompts than the base is measured in one piece, and in
+micro-batches of as many as the base has. Then the same step is laid out over 1, 2, 4 and 8 devices of the data axis.
+Where there are fewer, these are virtual ones of the CPU: all of them share its cores, so that shows what the layout
+adds to the work, and not a speed-up.
 """
 
 import argparse
@@ -22,15 +24,17 @@ from benchmarks.harness import Report, arguments, chosen, in_child, measure, run
 from benchmarks.workload import Size, Workload
 from model_port.partition import MeshConfig
 
-NUMBERS = ("prompts", "samples", "seconds", "new_tokens")
+NUMBERS = ("prompts", "samples", "seconds", "new_tokens", "limit")
+ENDS_AFTER, LIMIT_FACTOR = 8, 2  # a completion has some 8 tokens, and the limit is at least half of the base's T
 DEVICES = (1, 2, 4, 8)
+FIELD = {"limit": "new_tokens"}  # of a size, where it has another name
 PROGRAMS = ("encode", "rollout", "update")
 PIECES = "update in micro-batches"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; return what is written as JSON."""
-    parser = arguments(__doc__, prompts=4, rounds=3)
+    parser = arguments(__doc__, prompts=4, rounds=3, lengths=True)
     parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 1, 4], help="of each number, rising")
     parser.add_argument("--device-counts", type=int, nargs="*", default=list(DEVICES), help="sizes of the data axis")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="to measure")
@@ -62,15 +66,18 @@ def _sizes(report: Report, base: Size, names: list[str], options: argparse.Names
     split = [PIECES] if "update" in options.programs else []
     programs = {name: [*options.programs, *(split if name == "prompts" else [])] for name in names}
     for (name, _), size in sizes.items():
-        missing = [program for program in programs[name] if (size, program) not in cases]
-        found = _programs(size, missing, pieces=max(1, size.prompts // base.prompts)) if missing else {}
-        cases |= {(size, program): case for program, case in found.items()}
+        early = ENDS_AFTER if name == "limit" else None
+        missing = [program for program in programs[name] if (size, early, program) not in cases]
+        pieces = max(1, size.prompts // base.prompts)
+        found = _programs(size, missing, pieces=pieces, ends_after=early) if missing else {}
+        cases |= {(size, early, program): case for program, case in found.items()}
     timings = measure(cases, rounds=options.rounds)
     for name in names:
         own = [sizes[name, factor] for factor in factors]
         for program in programs[name]:
-            seconds = [timings[size, program].median for size in own]
-            at = [getattr(size, name) for size in own]
+            early = ENDS_AFTER if name == "limit" else None
+            seconds = [timings[size, early, program].median for size in own]
+            at = [getattr(size, FIELD.get(name, name)) for size in own]
             report.row(
                 case=f"{name} {', '.join(f'{value:g}' for value in at)}",
                 program=program,
@@ -82,6 +89,10 @@ def _sizes(report: Report, base: Size, names: list[str], options: argparse.Names
 
 
 def _times(size: Size, name: str, factor: float) -> Size:
+    if name == "limit":
+        name, factor = "new_tokens", LIMIT_FACTOR * factor
+    elif name == "new_tokens" and size.mean_length is not None:
+        size = dataclasses.replace(size, mean_length=factor * size.mean_length)
     value = getattr(size, name)
     changed = type(value)(factor * value)
     return dataclasses.replace(size, **{name: changed})
@@ -92,7 +103,7 @@ def _programs(size: Size, names: list[str], *, pieces: int = 1, **options: Any) 
     work = Workload(size, **options)
     cases = {"encode": work.encode, "rollout": work.rollout}
     if "update" in names or PIECES in names:
-        targets = work.targets(work.rollout())
+        targets = work.targets(work.completions())
         cases["update"] = lambda: work.update(targets)
     if PIECES in names:
         split = work.variant(micro_batches=pieces)

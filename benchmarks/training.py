@@ -13,8 +13,9 @@ import numpy as np
 import soundfile
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks.workload import Size, Workload, run_config, word
+from benchmarks.workload import Size, Workload, reshaped, run_config, word
 from jgrpo.config import GRPOConfig
+from jgrpo.groups import GroupSampler
 from jgrpo.options import CheckpointOptions, DataOptions
 from jgrpo.train_grpo import train_grpo
 from model_port.features import SAMPLE_RATE
@@ -61,9 +62,22 @@ class Training:
     def steps(self, count: int, **options: Any) -> list[dict[str, float]]:
         """Train for so many steps after the warm-up; return their metrics, `seconds/PHASE` among them."""
         config = self.config(count + WARM_UP, **options)
-        train_grpo(config)
+        train_grpo(config, sampler=_sampler(self.size))
         lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines][WARM_UP:]
+
+
+def _sampler(size: Size) -> type[GroupSampler]:
+    """Return what samples completions of the lengths of a size; without rollout chunks where these differ."""
+    if size.mean_length is None:
+        return GroupSampler
+
+    class Reshaping(GroupSampler):
+        def _start(self, batch, encoded, round):
+            (out,) = super()._start(batch, encoded, round)
+            return [reshaped(out, size, self._run.policy.processor.pad_id)]
+
+    return Reshaping
 
 
 @contextmanager

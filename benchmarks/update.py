@@ -1,12 +1,14 @@
 """The update: samples a second, FLOPs against the machine's matrix peak, and what each option of it costs or saves.
 
     python -m benchmarks.update
+    python -m benchmarks.update --new-tokens 200 --mean-length 25 --sharing 2
     python -m benchmarks.update --model granite-speech-3.3-2b --dtype bfloat16 --json update.json       # GPU or TPU
 
-`update` is the update of a run: forward, loss, gradient, AdamW, with the prompt computed once per group. `prefix off`
-takes the same completions as P * G prompts of one sample each; the loss must be the same, and the script fails if it is
-not. The others change one option: how many tokens' logits exist at a time, what the backward pass recomputes, how many
-micro-batches there are, and whether there is a reference (beta).
+`update` is the update of a run: forward, loss, gradient, AdamW, with the prompt and what completions have in common
+computed once per group. `rows` shares no beginnings of completions, `every column` pads each of them to T, and `prefix
+off` takes the same completions as P * G prompts of one sample each; the loss must be the same, and the script fails if
+it is not. The others change one option: how many tokens' logits exist at a time, what the backward pass recomputes, how
+many micro-batches there are, and whether there is a reference (beta).
 """
 
 import dataclasses
@@ -19,10 +21,13 @@ import numpy as np
 from benchmarks.floors import Peak, update_flops
 from benchmarks.harness import Report, Timing, arguments, chosen, measure, run
 from benchmarks.workload import Size, Workload, planned_calls
+from jgrpo.core.tree import Layout, sort_rows
+from jgrpo.planning.arrays import LONGEST
 from jgrpo.planning.cost import program_cost
 from jgrpo.planning.measure import compile_call
 from jgrpo.runtime.rows import place
 from jgrpo.steps import Targets
+from model_port.batch import Completions, Trees
 
 OPTIONS = {
     "logprob chunk 256": {"model": {"logprob_chunk": 256}},
@@ -33,21 +38,26 @@ OPTIONS = {
     "4 micro-batches": {"micro_batches": 4},
     "beta 0": {"grpo": {"beta": 0.0}},
 }
+OTHER_SHAPES = ("rows", "every column", "prefix off")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the loss and the gradient's norm, relative
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; return what is written as JSON."""
-    options = arguments(__doc__, new_tokens=50).parse_args(argv)
+    options = arguments(__doc__, new_tokens=50, lengths=True).parse_args(argv)
     size = Size.of(options)
-    wanted = chosen({"update": None, "prefix off": None, **OPTIONS}, options.only)
+    wanted = chosen(dict.fromkeys(("update", *OTHER_SHAPES, *OPTIONS)), options.only)
     report = Report("update", dataclasses.asdict(size) | {"rounds": options.rounds})
     base = Workload(size)
-    completions = base.rollout()
+    completions = base.completions()
     targets = base.targets(completions)
     workloads = {"update": (base, targets)}
-    if "prefix off" in wanted:
-        workloads["prefix off"] = _ungrouped(base, targets)
+    shapes = {
+        "rows": lambda: (base.variant(), base.targets(completions, share=False)),
+        "every column": lambda: (base.variant(), base.targets(completions, layout=_largest(base), share=False)),
+        "prefix off": lambda: _ungrouped(base, completions),
+    }
+    workloads |= {name: make() for name, make in shapes.items() if name in wanted}
     for name in wanted:
         if name in OPTIONS:
             other = base.variant(**OPTIONS[name])
@@ -63,38 +73,68 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     cases = {name: functools.partial(step, name) for name in workloads}
     timings = measure({**cases, "matrix peak": peak.matrix}, rounds=options.rounds)
-    if "prefix off" in first:
-        _check_same(report, first["update"], first["prefix off"], rtol=TOLERANCE[size.dtype])
-    _table(report, base, timings, peak)
+    for name in OTHER_SHAPES:
+        if name in first:
+            _check_same(report, name, first["update"], first[name], rtol=TOLERANCE[size.dtype])
+    _table(report, base, completions, targets.trees, timings, peak)
     return report.finish(options.json)
 
 
-def _ungrouped(base: Workload, targets: Targets) -> tuple[Workload, Targets]:
+def _largest(base: Workload) -> Layout:
+    return LONGEST.layout(base.run, base.clip)
+
+
+def _ungrouped(base: Workload, completions: Completions) -> tuple[Workload, Targets]:
     """Return the same prompts and completions as P * G groups of one."""
     prompts, samples = base.size.prompts, base.size.samples
-    size = dataclasses.replace(base.size, prompts=prompts * samples, samples=1)
+    size = dataclasses.replace(base.size, prompts=prompts * samples, samples=1, mean_length=None, sharing=1.0)
     other = Workload(size, params=base.params)
     # On the host, where it takes no program for every array.
     inputs = jax.tree.map(lambda x: np.repeat(np.asarray(x), samples, axis=0), (base.batch, base.encoded))
-    apart = jax.tree.map(lambda x: np.asarray(x).reshape(prompts * samples, 1, *x.shape[2:]), targets)
-    (other.batch, other.encoded), apart = place((inputs, apart), base.run.mesh)
-    return other, apart
+    other.batch, other.encoded = place(inputs, base.run.mesh)
+    apart = jax.tree.map(lambda x: x.reshape(prompts * samples, 1, *x.shape[2:]), completions)
+    return other, other.targets(apart, layout=_largest(other))
 
 
-def _check_same(report: Report, shared: dict[str, Any], apart: dict[str, Any], *, rtol: float) -> None:
+def _check_same(report: Report, name: str, ours: dict[str, Any], others: dict[str, Any], *, rtol: float) -> None:
     """Compare the first step taken both ways."""
-    for name in ("loss", "grad_norm"):
-        value, other = float(shared[name]), float(apart[name])
+    for metric in ("loss", "grad_norm"):
+        value, other = float(ours[metric]), float(others[metric])
         if not np.isclose(value, other, rtol=rtol, atol=1e-6):
-            raise RuntimeError(f"{name} is {value} with the shared prefix and {other} without; they must be the same")
-        report.note(f"{name} of the first step: {value:.7f} with the shared prefix, {other:.7f} without.")
+            raise RuntimeError(f"{metric} is {value} in an update and {other} with {name}; they must be the same")
+        report.note(f"{metric} of the first step: {value:.7f} in an update, {other:.7f} with {name}.")
 
 
-def _table(report: Report, base: Workload, timings: dict[str, Timing], peak: Peak) -> None:
+def _table(
+    report: Report,
+    base: Workload,
+    completions: Completions,
+    trees: Trees,
+    timings: dict[str, Timing],
+    peak: Peak,
+) -> None:
     size, run, clip = base.size, base.run, base.clip
-    useful = update_flops(run, clip, size.prompts, size.samples, size.new_tokens)
+    layout, tokens = trees.ends.shape[1:], int(completions.mask.sum())
+    report.note(
+        f"L {clip.tokens}; completions of {completions.mask.sum(-1).mean():.1f} tokens on average, "
+        f"{tokens / sort_rows(completions.tokens, completions.mask).distinct.sum():.2f} times their distinct "
+        f"beginnings: {layout[0]} trees of {layout[1]} slots a group."
+    )
     matrix = peak.flops_per_second(timings["matrix peak"])
     whole = timings["update"].median
+    # What is useful is told by formula where all completions have T tokens.
+    useful = None
+    if size.mean_length is None:
+        useful = update_flops(run, clip, size.prompts, size.samples, size.new_tokens)
+        done = _done_flops(size)
+        report.settings |= {"useful_flops": useful, "done_flops": done}
+        counted = (
+            ""
+            if done is None
+            else f"; the compiled program does {done / 1e9:,.2f}, recomputed and masked ones included"
+        )
+        report.note(f"Useful GFLOP of an update: {useful / 1e9:,.2f}{counted}.")
+        report.note(f"utilisation: useful FLOPs a second over the matrix peak, {matrix / 1e9:,.0f} GFLOP/s measured.")
     for name, timing in timings.items():
         if name == "matrix peak":
             continue
@@ -105,16 +145,10 @@ def _table(report: Report, base: Workload, timings: dict[str, Timing], peak: Pea
             high=timing.high,
             first_call=timing.first,
             samples_per_second=size.prompts * size.samples / timing.median,
-            utilisation=useful / timing.median / matrix,
+            utilisation=None if useful is None else useful / timing.median / matrix,
             ratio=timing.median / whole,
         )
-    done = _done_flops(size)
-    report.settings |= {"prompt_tokens": clip.tokens, "useful_flops": useful, "matrix_peak": matrix, "done_flops": done}
-    counted = (
-        "" if done is None else f"; the compiled program does {done / 1e9:,.2f}, recomputed and masked ones included"
-    )
-    report.note(f"L {clip.tokens}. Useful GFLOP of an update: {useful / 1e9:,.2f}{counted}.")
-    report.note(f"utilisation: useful FLOPs a second over the matrix peak measured here, {matrix / 1e9:,.0f} GFLOP/s.")
+    report.settings |= {"prompt_tokens": clip.tokens, "layout": list(layout), "matrix_peak": matrix}
 
 
 def _done_flops(size: Size) -> float | None:

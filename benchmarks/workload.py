@@ -14,19 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from demo.base_model import CONFIG as DEMO
 from jgrpo.config import GRPOConfig
+from jgrpo.core.tree import Layout, holds, layouts, pack, smallest, sort_rows
 from jgrpo.options import DataOptions, GRPOOptions, ModelOptions
-from jgrpo.planning.arrays import Clip, run_arrays
+from jgrpo.planning.arrays import LONGEST, Clip, run_arrays
 from jgrpo.planning.programs import AbstractRun, Call, abstract_run, calls
 from jgrpo.rollout import step_keys
 from jgrpo.runtime.rows import place
 from jgrpo.steps import Targets, truncation
-from model_port.batch import Batch, Completions
+from model_port.batch import Batch, Completions, Trees
 from model_port.config import GraniteSpeechConfig
+from model_port.errors import UserError
 from model_port.features import SAMPLE_RATE, log_mel
 from model_port.layers import INIT_STDDEV
 from model_port.params import Params
@@ -39,6 +42,7 @@ END = "<|end_of_text|>"
 TEMPLATE = "{{ messages[-1]['content'] }}"
 POOL = 1_000_003
 CONSTANT = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0}  # the other parameters are drawn
+SPREAD, AT_LIMIT = 0.6, 1 / 32  # deviation of the logarithm of lengths, and the share of completions at the limit
 UNLIMITED = 1e18  # bytes of a device, as far as the layout of weights is concerned
 
 
@@ -49,6 +53,8 @@ class Size:
     Attributes:
         model: demo, tiny or the name of a published model.
         text_tokens: of a prompt; with the 102 audio embeddings of a clip of 10 s the default makes 130.
+        mean_length: tokens of a completion on average; None where all have T.
+        sharing: tokens over distinct beginnings; see completion_shapes.
     """
 
     model: str = "demo"
@@ -58,16 +64,77 @@ class Size:
     seconds: float = 10.0
     new_tokens: int = 64
     text_tokens: int = 28
+    mean_length: float | None = None
+    sharing: float = 1.0
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "Size":
-        """Return what the options of harness.arguments say."""
-        return cls(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(cls)})
+        """Return what the options of harness.arguments say.
+
+        Raises:
+            UserError: lengths that no completions have.
+        """
+        size = cls(**{field.name: getattr(arguments, field.name, field.default) for field in dataclasses.fields(cls)})
+        completion_shapes(size)
+        return size
 
     def options(self) -> list[str]:
         """Return the words of a command line that say this size."""
-        pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in dataclasses.asdict(self).items())
-        return [word for pair in pairs for word in pair]
+        fields = dataclasses.asdict(self)
+        if self.mean_length is None:
+            del fields["mean_length"], fields["sharing"]
+        return [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def completion_shapes(size: Size) -> tuple[Int[np.ndarray, "P G"], Int[np.ndarray, "P G"]]:
+    """Return the tokens of each completion, and how many of them are those of its group's longest.
+
+    Lengths are log-normal about the mean, with one of 32 at the limit; of what it could share at most, a completion
+    shares the part that makes the tokens of all groups `sharing` times their distinct beginnings.
+
+    Raises:
+        UserError: no lengths have that mean, or not as much can be shared.
+    """
+    shape, limit = (size.prompts, size.samples), size.new_tokens
+    lengths = np.full(shape, limit)
+    if size.mean_length is not None:
+        random = np.random.default_rng(4)
+        drawn = random.lognormal(sigma=SPREAD, size=lengths.size)
+        at_limit = random.permutation(lengths.size)[: round(lengths.size * AT_LIMIT)]
+        others = np.setdiff1d(np.arange(lengths.size), at_limit)
+        mean = (lengths.size * size.mean_length - limit * len(at_limit)) / len(others)
+        if not 1 <= mean <= limit:
+            raise UserError(
+                f"--mean-length is {size.mean_length:g}: with {len(at_limit)} of {lengths.size} completions at the "
+                f"limit of {limit} tokens the others would have {mean:.3g}; they need between 1 and {limit}"
+            )
+        lengths.reshape(-1)[others] = np.clip(np.round(mean * drawn / drawn[others].mean()), 1, limit)[others]
+    longest = lengths.max(1)
+    most = lengths.sum() / longest.sum()
+    if not 1 <= size.sharing <= most:
+        raise UserError(f"--sharing is {size.sharing:g}; completions of these lengths share between 1 and {most:.3g}")
+    share = 0.0 if size.sharing == 1 else (1 - 1 / size.sharing) / (1 - 1 / most)
+    shared = np.floor(share * lengths).astype(int)
+    shared[np.arange(len(lengths)), lengths.argmax(1)] = 0
+    return lengths, shared
+
+
+def reshaped(out: Completions, size: Size, pad_id: int) -> Completions:
+    """Cut sampled completions to the lengths of `completion_shapes`, with its share of the longest one's tokens.
+
+    On devices or the host, as they are. Where one of them is at the limit it changes nothing of what sampling costs.
+    """
+    if size.mean_length is None and size.sharing == 1:
+        return out
+    lengths, shared = completion_shapes(size)
+    place = np.arange(size.new_tokens)
+    mask, common = place < lengths[..., None], place < shared[..., None]
+    groups, donor = np.arange(len(lengths)), lengths.argmax(1)
+
+    def cut(values, past):
+        return jnp.where(mask, jnp.where(common, values[groups, donor][:, None], values), past)
+
+    return Completions(tokens=cut(out.tokens, pad_id), mask=out.mask & mask, logp=cut(out.logp, 0.0))
 
 
 def named_config(name: str) -> GraniteSpeechConfig:
@@ -139,10 +206,14 @@ def plan(
     return run, Clip.of(run, size.seconds)
 
 
-def planned_calls(size: Size, **options: Any) -> tuple[AbstractRun, dict[str, Call]]:
-    """Return the run and the programs of a step with the shapes that they are called with, by name."""
+def planned_calls(size: Size, *, layout: Layout | None = None, **options: Any) -> tuple[AbstractRun, dict[str, Call]]:
+    """Return the run and the programs of a step with the shapes that they are called with, by name.
+
+    Args:
+        layout: of the prefix trees, by default the largest.
+    """
     run, clip = plan(size, **options)
-    return run, {call.name: call for call in calls(run, clip)}
+    return run, {call.name: call for call in calls(run, clip, LONGEST if layout is None else layout)}
 
 
 class Workload:
@@ -192,18 +263,37 @@ class Workload:
             **truncation(config.grpo),
         )
 
-    def score(self, completions: Completions) -> jax.Array:
-        """Return the log-probs under the policy as it is."""
-        return self.run.programs.score(
-            self.state.params, self.frozen, self.batch, self.encoded, place(completions.tokens, self.run.mesh)
-        )
+    def completions(self) -> Completions:
+        """Return sampled completions of the lengths of the size, as host arrays."""
+        return jax.device_get(reshaped(self.rollout(), self.size, self.run.model.pad_token_id))
 
-    def targets(self, completions: Completions) -> Targets:
-        """Return completions to learn from, with random advantages; the reference is the policy that sampled."""
+    def trees(self, completions: Completions, *, layout: Layout | None = None, share: bool = True) -> Trees:
+        """Return completions on the host as prefix trees on the mesh.
+
+        Args:
+            layout: of the trees; by default as in a run, the first that holds them.
+            share: whether beginnings are shared.
+        """
+        rows = sort_rows(completions.tokens, completions.mask, share=share)
+        choices = layouts(*completions.tokens.shape[1:], prompt_tokens=self.clip.tokens)
+        return place(pack(rows, layout or smallest(holds(rows, choices), choices)), self.run.mesh)
+
+    def score(self, trees: Trees) -> jax.Array:
+        """Return the log-probs under the policy as it is."""
+        return self.run.programs.score(self.state.params, self.frozen, self.batch, self.encoded, trees)
+
+    def targets(self, completions: Completions, **packing: Any) -> Targets:
+        """Return completions to learn from, with random advantages; the reference is the policy that sampled.
+
+        Args:
+            packing: see `trees`.
+        """
         advantage = np.random.default_rng(0).normal(size=completions.tokens.shape[:2]).astype(np.float32)
-        arrays = {"tokens": completions.tokens, "mask": completions.mask, "old_logp": completions.logp}
+        arrays = {"mask": completions.mask, "old_logp": completions.logp, "advantage": advantage}
         ref_logp = completions.logp if self.run.config.grpo.beta > 0 else None
-        return Targets(**place({**arrays, "ref_logp": ref_logp, "advantage": advantage}, self.run.mesh))
+        return Targets(
+            trees=self.trees(completions, **packing), **place({**arrays, "ref_logp": ref_logp}, self.run.mesh)
+        )
 
     def update(self, targets: Targets) -> dict[str, jax.Array]:
         """Take a step; the state is the new one afterwards. Return its metrics."""

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from jgrpo.core.advantages import group_advantages, zero_variance
 from jgrpo.core.shaping import overlong_penalty
-from jgrpo.core.tree import first_fit, layouts, pack, sort_rows
+from jgrpo.core.tree import holds, layouts, pack, smallest, sort_rows
 from jgrpo.data.pipeline import PromptBatch, PromptData
 from jgrpo.options import GRPOOptions
 from jgrpo.rewards import Reward
@@ -66,7 +66,7 @@ def flat_examples(
 
 def pack_completions(
     tokens: Int[np.ndarray, "P G T"], mask: Bool[np.ndarray, "P G T"], prompts: Batch, mesh: Mesh
-) -> tuple[Trees, dict[str, float]]:
+) -> tuple[Trees, dict[str, float | int]]:
     """Return this process's completions as prefix trees, in the layout that all processes agree on, and metrics of it.
 
     The layout is the smallest that holds every group of the step, and so depends on its tokens alone.
@@ -77,10 +77,10 @@ def pack_completions(
     """
     rows = sort_rows(tokens, mask)
     choices = layouts(*tokens.shape[1:], prompt_tokens=prompts.tokens.shape[1])
-    own = {"layout": first_fit(rows, choices), "prompt": prompts.mask.sum(1)}
-    own |= {"tokens": rows.lengths.sum(1), "nodes": rows.distinct(), "fed": rows.fed()}
+    own = {"held": holds(rows, choices), "prompt": prompts.mask.sum(1)}
+    own |= {"tokens": rows.lengths.sum(1), "nodes": rows.distinct, "fed": rows.fed}
     step = gather(own, mesh)
-    trees, slots = choices[step["layout"].max()]
+    trees, slots = smallest(step["held"], choices)
     metrics = {
         "tree/trees": trees,
         "tree/slots": slots,

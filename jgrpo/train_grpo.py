@@ -20,8 +20,12 @@ from jgrpo.setup import Run, finish_run, finish_step, start_run
 from jgrpo.steps import Targets, apply_updates, grpo_objective
 
 
-def train_grpo(config: GRPOConfig) -> Run:
-    """Run GRPO as configured, from the start or from the run directory's last checkpoint; return the finished run."""
+def train_grpo(config: GRPOConfig, *, sampler: type[GroupSampler] = GroupSampler) -> Run:
+    """Run GRPO as configured, from the start or from the run directory's last checkpoint; return the finished run.
+
+    Args:
+        sampler: what samples and scores the groups of a step.
+    """
     config.validate()
     grpo = config.grpo
     objective = grpo_objective(grpo, config.max_completion_tokens)
@@ -32,7 +36,7 @@ def train_grpo(config: GRPOConfig) -> Run:
     # Both end what they have started, whatever happens.
     with RewardPool(config.reward_spec(), **scoring) as pool, start_run(config, objective, **plan) as run:
         policy, programs, timer = run.policy, run.programs, run.timer
-        sample_groups = GroupSampler(run, pool, config)
+        sample_groups = sampler(run, pool, config)
         stream = run.data.stream(seed=config.seed, start_step=run.step)
         while run.step < config.num_steps:
             started = time.perf_counter()

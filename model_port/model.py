@@ -101,9 +101,7 @@ class GraniteSpeech(nnx.Module):
         prompts, (p, f, m) = self.embed_prompts(batch, encoded), trees.ends.shape
         nodes = self.embed_completions(trees.tokens[:, : f * m]).reshape(p, f, m, -1)
         shape = (trees.depths, trees.ends)
-        prompt, own = self.decoder.complete(
-            prompts, batch.mask, nodes, *shape, use_lora=has_audio(batch), remat=remat
-        )
+        prompt, own = self.decoder.complete(prompts, batch.mask, nodes, *shape, use_lora=has_audio(batch), remat=remat)
         states = jnp.concatenate([last_hidden(prompt, batch.mask)[:, None], own.reshape(p, f * m, -1)], axis=1)
         return jnp.take_along_axis(states, trees.parents[:, :, None] + 1, axis=1)
 

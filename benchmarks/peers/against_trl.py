@@ -2,11 +2,13 @@
 
     python -m benchmarks.peers.environments trl
     python -m benchmarks.peers.against_trl
+    python -m benchmarks.peers.against_trl --new-tokens 200 --mean-length 25
 
 A step is: encode, sample G completions of T tokens for each of P prompts, turn them into text, score them by the same
 trivial reward, log-probs under the frozen reference (beta 0.02), loss, gradient and AdamW for projector and decoder.
 Features are made ahead of time on both sides. TRL's trainer is a subclass that gives its loss the audio (side_trl.py);
-first it is checked that every gradient forward pass hears it and that its log-probs are ours.
+first it is checked that every gradient forward pass hears it and that its log-probs are ours. With a mean length both
+sides cut what they have sampled to the same lengths, one of 32 at the limit, and copy the same share of beginnings.
 """
 
 import argparse
@@ -32,11 +34,12 @@ from benchmarks.peers.exchange import (
     timing_rows,
     torch_settings,
 )
-from benchmarks.workload import Size, Workload
+from benchmarks.workload import Size, Workload, completion_shapes
 from jgrpo.options import OptimiserOptions
 from jgrpo.rollout import advantages
 from jgrpo.runtime.rows import place
 from jgrpo.steps import Targets
+from model_port.batch import Completions
 from model_port.errors import UserError
 from model_port.params import Params
 from model_port.processor import Processor
@@ -52,7 +55,7 @@ LACKING = (
 
 def main(command: list[str] | None = None) -> int:
     """Measure and print."""
-    parser = add_arguments(arguments(__doc__))
+    parser = add_arguments(arguments(__doc__, lengths=True))
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers' decoder")
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of transformers' decoder")
     parser.add_argument("--micro-batch", type=int, default=0, help="completions of a backward pass in TRL; 0 for all")
@@ -93,15 +96,15 @@ def step(workload: Workload, reference: Params, processor: Processor, sampling: 
     """Take one of our steps, as jgrpo.train_grpo does; return the update's metrics, note the seconds of sampling."""
     began = time.perf_counter()
     workload.encoded = workload.encode()
-    out = jax.device_get(workload.rollout())
+    out = workload.completions()
     sampling.append(time.perf_counter() - began)
     processor.decode(out)
-    tokens = place(out.tokens, workload.run.mesh)
-    rest = (workload.frozen, workload.batch, workload.encoded, tokens)
+    trees = workload.trees(out)
+    rest = (workload.frozen, workload.batch, workload.encoded, trees)
     ref_logp = workload.run.programs.score(reference, *rest)
-    rewards = (out.tokens % 2 == 0).mean(-1)
+    rewards = ((out.tokens % 2 == 0) & out.mask).sum(-1) / out.mask.sum(-1)
     learnt = {"mask": out.mask, "old_logp": out.logp, "advantage": advantages(rewards, "group")}
-    return workload.update(Targets(tokens=tokens, ref_logp=ref_logp, **place(learnt, workload.run.mesh)))
+    return workload.update(Targets(trees=trees, ref_logp=ref_logp, **place(learnt, workload.run.mesh)))
 
 
 def check(report: Report, workload: Workload, peer: Peer) -> None:
@@ -115,9 +118,14 @@ def check(report: Report, workload: Workload, peer: Peer) -> None:
     shape = (workload.size.prompts, workload.size.samples, workload.size.new_tokens)
     tokens = np.array(found["tokens"], np.int32)[order].reshape(shape)
     theirs = np.array(found["logps"], np.float32)[order].reshape(shape)
+    mask = np.array(found["mask"], bool)[order].reshape(shape)
+    if sorted(mask.sum(-1).reshape(-1)) != sorted(completion_shapes(workload.size)[0].reshape(-1)):
+        raise UserError(f"TRL's completions have {mask.sum()} tokens; those of the lengths asked for have others")
     silent = dataclasses.replace(workload.batch, features=jnp.zeros_like(workload.batch.features))
-    difference = np.abs(theirs - full_logprobs(workload, workload.batch, tokens)).max()
-    unheard = np.abs(theirs - full_logprobs(workload, silent, tokens)).max()
+    completions = Completions(tokens=tokens, mask=mask, logp=theirs)
+    difference, unheard = (
+        np.abs(theirs - full_logprobs(workload, batch, completions))[mask].max() for batch in (workload.batch, silent)
+    )
     text = (
         f"check: {found['audio']} of {found['gradient']} gradient passes of TRL heard the audio; its log-probs differ "
         f"from ours by {difference:.1e} at most, from ours of silence by {unheard:.1e}"

@@ -14,9 +14,9 @@ import numpy as np
 from benchmarks.harness import Report, Timing
 from benchmarks.peers.conversation import Peer
 from benchmarks.peers.environments import ROOT, add_argument, interpreter
-from benchmarks.workload import Size, Workload
+from benchmarks.workload import Size, Workload, completion_shapes
 from jgrpo.core.logprobs import chunked_logprobs
-from model_port.batch import Batch
+from model_port.batch import Batch, Completions
 from model_port.errors import UserError
 
 
@@ -61,6 +61,7 @@ def torch_settings(workload: Workload, directory: Path, **more: Any) -> dict[str
     return {
         "directory": str(directory),
         "samples": size.samples,
+        **dict(zip(("lengths", "shared"), (x.tolist() for x in completion_shapes(size)), strict=True)),
         "new_tokens": size.new_tokens,
         "dtype": size.dtype,
         "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
@@ -77,23 +78,24 @@ def start(side: str, environment: str, settings: dict[str, Any], arguments: argp
     return Peer(side, command, settings, log=arguments.log.absolute(), cwd=ROOT)
 
 
-def full_logprobs(workload: Workload, batch: Batch, tokens: np.ndarray) -> np.ndarray:
+def full_logprobs(workload: Workload, batch: Batch, completions: Completions) -> np.ndarray:
     """Return log-probs [P, G, T] over all of the vocabulary: the peers do not leave `<|audio|>` out of it."""
-    run = workload.run
+    run, trees = workload.run, workload.trees(completions)
 
     @jax.jit
     def compute(params, frozen):
         model = run.definition.bind(frozen, params)
-        hidden = model.completion_hidden(batch, model.encode(batch.features, batch.lengths), tokens)
-        return chunked_logprobs(hidden, tokens, model.logits, chunk_tokens=4096, temperature=1.0)[0]
+        hidden = model.completion_hidden(batch, model.encode(batch.features, batch.lengths), trees)
+        return chunked_logprobs(hidden, trees.tokens, model.logits, chunk_tokens=4096, temperature=1.0)[0]
 
     with jax.set_mesh(run.mesh):
-        return np.asarray(compute(workload.state.params, workload.frozen))
+        nodes, node_of = np.asarray(compute(workload.state.params, workload.frozen)), np.asarray(trees.node_of)
+    return np.take_along_axis(nodes, node_of.reshape(len(nodes), -1), axis=1).reshape(node_of.shape)
 
 
 def timing_rows(report: Report, size: Size, timings: dict[str, Timing]) -> None:
     """Add a row per system; tokens per second are those of all completions."""
-    tokens = size.prompts * size.samples * size.new_tokens
+    tokens = int(completion_shapes(size)[0].sum())
     for name, timing in timings.items():
         columns = {"seconds": timing.median, "low": timing.low, "high": timing.high, "first_call": timing.first}
         report.row(system=name, **columns, tokens_per_second=tokens / timing.median)

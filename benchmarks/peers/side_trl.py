@@ -3,7 +3,7 @@
 Settings: those of `side_generate`, and micro_batch, beta and learning_rate. {"do": "step"} lets `Trainer.train` take
 one step; the answer has its seconds, those of sampling, and how many forward passes with gradient there were and how
 many of them had audio. {"do": "check"} takes a step, too, and gives the sampled tokens and the log-probs that its loss
-had, before the update.
+had, before the update, with their mask.
 """
 
 import time
@@ -25,14 +25,16 @@ AUDIO = ("input_features", "input_features_mask")
 class AudioGRPOTrainer(GRPOTrainer):
     """GRPOTrainer whose prompts are numbers of rows of `clips`, and whose every forward pass hears their audio.
 
+    Completions are cut to `shapes`, their lengths and shared tokens [P, G].
+
     Attributes:
         sampling_seconds: of the last step.
         passes: with gradient in the last step, and those of them with audio.
         loss_inputs: tokens, prompt numbers and log-probs of the last step, one entry per forward pass with gradient.
     """
 
-    def __init__(self, *args, clips: dict[str, torch.Tensor], **kwargs):
-        self._clips, self._audio, self.sampling_seconds = clips, None, 0.0
+    def __init__(self, *args, clips: dict[str, torch.Tensor], shapes: tuple[list, list], **kwargs):
+        self._clips, self._shapes, self._audio, self.sampling_seconds = clips, shapes, None, 0.0
         super().__init__(*args, **kwargs)
         self.start_count()
         settle(self.model)
@@ -56,9 +58,21 @@ class AudioGRPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         start = time.perf_counter()
-        result = super()._generate_single_turn(*args, **kwargs)
+        prompts, completions, *rest = super()._generate_single_turn(*args, **kwargs)
         self.sampling_seconds = time.perf_counter() - start
-        return result
+        return (prompts, self._reshaped(completions), *rest)
+
+    def _reshaped(self, completions: list[list[int]]) -> list[list[int]]:
+        """Cut completions to the lengths asked for, with the share of their group's longest one's tokens."""
+        found = []
+        for group, (lengths, shared) in enumerate(zip(*self._shapes, strict=True)):
+            own = completions[group * len(lengths) : (group + 1) * len(lengths)]
+            longest = own[lengths.index(max(lengths))]
+            found += [
+                [*longest[:common], *tokens[common:length]]
+                for tokens, length, common in zip(own, lengths, shared, strict=True)
+            ]
+        return found
 
     def _generate_and_score_completions(self, inputs):
         # What is added here has a row per completion, so TRL shuffles and splits it with the rest.
@@ -80,7 +94,9 @@ class AudioGRPOTrainer(GRPOTrainer):
         logps, entropies, losses = zip(*pieces, strict=True)
         if torch.is_grad_enabled():
             completions = input_ids[:, -logits_to_keep:]
-            found = {"rows": self._sampled["prompt_row"], "tokens": completions, "logps": logps[0].detach()}
+            mask = attention_mask[:, -logits_to_keep:]
+            found = {"rows": self._sampled["prompt_row"], "tokens": completions, "mask": mask}
+            found["logps"] = logps[0].detach()
             self.loss_inputs.append(found)
         return torch.cat(logps), None if entropies[0] is None else torch.cat(entropies), losses[0]
 
@@ -185,6 +201,7 @@ def side(line: Line, settings: dict[str, Any]) -> None:
         processing_class=PreTrainedTokenizerFast.from_pretrained(path, padding_side="left"),
         callbacks=[one_by_one],
         clips=clips,
+        shapes=(settings["lengths"], settings["shared"]),
     )
     one_by_one.trainer = trainer
     try:

@@ -9,6 +9,7 @@ step; trees do not see each other, so that a beginning in two of them is compute
 P prompts, G samples per prompt, T completion tokens, N = F M + G nodes. All of it is NumPy on the host.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,13 +20,12 @@ from model_port.batch import Trees
 
 Layout = tuple[int, int]
 
-# Beyond this many slots the scores of one tree cost more than several trees that share less.
-WIDEST = 256
+# Slots of a single tree at most, and of one of several at least, unless T - 1 is more or all there is is less: scores
+# cost F M^2, and sharing more does not pay for that of wider ones.
+WIDEST, LEAST_OF_SEVERAL = 256, 128
 NARROWEST, STEP = 32, 8
-# Columns of a layout over those of the next one with a single tree, the prompt's counted; each layout is a compilation.
-GROWTH = 1.5
-# A layout that needs more than this share of the last one's columns is not worth a compilation of its own.
-SHARE_OF_LAST = 0.8
+# Columns of a layout, those of the prompt among them, over those of the one before it; each layout is a compilation.
+GROWTH, GROWTH_OF_SEVERAL = 1.45, 1.2
 
 
 def layouts(num_samples: int, num_tokens: int, *, prompt_tokens: int) -> list[Layout]:
@@ -35,25 +35,27 @@ def layouts(num_samples: int, num_tokens: int, *, prompt_tokens: int) -> list[La
     completion were padded to T, and a run's memory is what this layout needs.
 
     >>> layouts(8, 200, prompt_tokens=130)
-    [(1, 48), (1, 128), (1, 256), (2, 256), (4, 256), (8, 199)]
+    [(1, 56), (1, 136), (1, 256), (2, 200), (3, 200), (4, 200), (5, 200), (8, 199)]
     >>> layouts(8, 20, prompt_tokens=46)
     [(1, 48), (1, 88), (8, 19)]
     """
     longest = max(num_tokens - 1, 1)
-    last = (num_samples, longest)
-    one = min(max(longest, WIDEST), num_samples * longest)
-    found, slots = [(1, one)], one
+    one, last = min(max(longest, WIDEST), num_samples * longest), (num_samples, longest)
+
+    def columns(layout: Layout) -> int:
+        return prompt_tokens + layout[0] * layout[1]
+
+    found = [(1, one)]
     while True:
-        wanted = (prompt_tokens + slots) / GROWTH - prompt_tokens
-        smaller = -(-max(wanted, 0) // STEP) * STEP
-        if smaller < NARROWEST or smaller >= slots:
+        smaller = (1, round((columns(found[0]) / GROWTH - prompt_tokens) / STEP) * STEP)
+        if smaller[1] < NARROWEST or smaller[1] >= found[0][1]:
             break
-        slots = int(smaller)
-        found.insert(0, (1, slots))
-    while found[-1][0] < num_samples:
-        found.append((2 * found[-1][0], one))
-    most = SHARE_OF_LAST * (prompt_tokens + num_samples * longest)
-    return [layout for layout in found if prompt_tokens + layout[0] * layout[1] <= most] + [last]
+        found.insert(0, smaller)
+    slots = -(-max(longest, LEAST_OF_SEVERAL) // STEP) * STEP
+    for layout in ((trees, slots) for trees in range(2, num_samples)):
+        if columns(layout) >= GROWTH_OF_SEVERAL * columns(found[-1]):
+            found.append(layout)
+    return [layout for layout in found if GROWTH_OF_SEVERAL * columns(layout) <= columns(last)] + [last]
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,14 @@ class Rows:
     common: Int[np.ndarray, "P G"]
     num_tokens: int
 
+    @property
     def distinct(self) -> Int[np.ndarray, " P"]:
-        """Return how many nodes each group has: distinct beginnings of its completions."""
+        """How many nodes each group has: distinct beginnings of its completions."""
         return (self.lengths - self.common).sum(1)
 
+    @functools.cached_property
     def fed(self) -> Int[np.ndarray, " P"]:
-        """Return how many of them something follows: what each group fills of one tree that is large enough."""
+        """How many of them something follows: what each group fills of one tree that is large enough."""
         return _deal(self, (1, self.tokens.size)).filled.sum(1)
 
 
@@ -100,16 +104,15 @@ def sort_rows(tokens: Int[np.ndarray, "P G T"], mask: Bool[np.ndarray, "P G T"],
         raise ValueError("the mask of a completion must be true from its first to its last token")
     # Ids from 1, so that the end of a completion sorts before whatever goes on.
     keys = np.where(mask, tokens.astype(np.int64) + 1, 0).astype(np.uint32)
-    order = np.broadcast_to(np.arange(keys.shape[1]), keys.shape[:2])
+    group, order = np.arange(len(keys))[:, None], np.broadcast_to(np.arange(keys.shape[1]), keys.shape[:2])
     common = np.zeros(lengths.shape, np.int32)
     if share:
         # As strings of bytes: in any byte order, those with the same first tokens stand together.
         order = np.argsort(keys.view(f"S{4 * longest}")[..., 0], axis=1, kind="stable")
-        keys = np.take_along_axis(keys, order[..., None], axis=1)
+        keys = keys[group, order]
         same = (keys[:, 1:] == keys[:, :-1]) & (keys[:, 1:] > 0)
         common[:, 1:] = np.where(same.all(-1), longest, np.argmin(same, axis=-1))
-    sorted_tokens = np.take_along_axis(tokens, order[..., None], axis=1)
-    return Rows(order, sorted_tokens, np.take_along_axis(lengths, order, axis=1), common, num_tokens)
+    return Rows(order, tokens[group, order], lengths[group, order], common, num_tokens)
 
 
 @dataclass(frozen=True)
@@ -151,16 +154,31 @@ def _deal(rows: Rows, layout: Layout) -> _Dealt:
     return _Dealt(tree, common, filled)
 
 
-def first_fit(rows: Rows, choices: Sequence[Layout]) -> Int[np.ndarray, " P"]:
-    """Return for each group which of the layouts is the first that holds it; each later one does, too.
+def holds(rows: Rows, choices: Sequence[Layout]) -> Bool[np.ndarray, "P K"]:
+    """Return for each group which of the K layouts hold it; where one group cannot fit, others may be said not to.
 
-    Raises:
-        ValueError: not even the last one.
+    A larger layout does not always hold what a smaller one does: what one tree shares is doubled in two.
     """
-    fits = np.stack([(_deal(rows, layout).tree >= 0).all(1) for layout in choices])
-    if not fits[-1].all():
-        raise ValueError(f"no layout of {choices} holds a group of {rows.lengths.sum(1).max()} tokens")
-    return fits.argmax(0)
+    (groups, samples), longest = rows.lengths.shape, rows.lengths.max(initial=1)
+    found = np.zeros((groups, len(choices)), bool)
+    before = 0  # slots of the trees of which the layout before has enough for every group
+    for k, (trees, slots) in enumerate(choices):
+        if trees == 1:
+            found[:, k] = rows.fed <= slots
+        elif slots == before or (trees == samples and slots >= longest - 1):
+            found[:, k] = True
+        elif rows.fed.max() <= trees * slots:
+            found[:, k] = (_deal(rows, (trees, slots)).tree >= 0).all(1)
+        before = slots if found[:, k].all() else 0
+    return found
+
+
+def smallest(held: Bool[np.ndarray, "P K"], choices: Sequence[Layout]) -> Layout:
+    """Return the first layout that holds every group; `held` is that of `holds`, of the groups of all processes."""
+    every = held.all(0)
+    if not every.any():
+        raise ValueError(f"none of the layouts {choices} holds every group")
+    return choices[int(every.argmax())]
 
 
 def pack(rows: Rows, layout: Layout) -> Trees:
@@ -173,26 +191,25 @@ def pack(rows: Rows, layout: Layout) -> Trees:
     if (dealt.tree < 0).any():
         raise ValueError(f"the layout {layout} does not hold every group")
     # From here on rows stand tree by tree.
-    turn = np.argsort(dealt.tree, axis=1, kind="stable")
-    tree, common, lengths, order = (
-        np.take_along_axis(x, turn, axis=1) for x in (dealt.tree, dealt.common, rows.lengths, rows.order)
-    )
-    tokens = np.take_along_axis(rows.tokens, turn[..., None], axis=1)
-    (groups, samples, longest), row, depth = tokens.shape, np.arange(rows.order.shape[1]), np.arange(tokens.shape[2])
+    group, turn = np.arange(len(rows.order))[:, None], np.argsort(dealt.tree, axis=1, kind="stable")
+    tree, common = dealt.tree[group, turn], dealt.common[group, turn]
+    tokens, lengths, order = rows.tokens[group, turn], rows.lengths[group, turn], rows.order[group, turn]
+    groups, samples, longest = tokens.shape
+    row, depth = np.arange(samples, dtype=np.int32)[:, None], np.arange(longest, dtype=np.int32)
     same = np.diff(tree, axis=1) == 0  # [P, G - 1]: whether the next row is in the same tree
 
     # A row begins a node at each depth that it does not share with the row before it; its slots come after that row's.
     begins = (depth >= common[..., None]) & (depth < lengths[..., None])
     fed = begins & (depth + 1 < (lengths + _followed(same, common, lengths))[..., None])
-    count = fed.sum(-1)
-    before = np.cumsum(count, axis=1) - count
+    count = fed.sum(-1, dtype=np.int32)
+    before = np.cumsum(count, axis=1, dtype=np.int32) - count
     opens = np.concatenate([np.ones((groups, 1), bool), ~same], axis=1)
     first = before - np.maximum.accumulate(np.where(opens, before, 0), axis=1)
     slot = tree[..., None] * slots + first[..., None] + depth - common[..., None]
-    node = np.where(fed, slot, trees * slots + row[:, None])
+    node = np.where(fed, slot, trees * slots + row)
     # The node of a token is the one that was begun last at its depth.
-    begun = np.maximum.accumulate(np.where(begins, row[:, None], 0), axis=1)
-    node = np.where(depth < lengths[..., None], np.take_along_axis(node, begun, axis=1), 0)
+    begun = np.maximum.accumulate(np.where(begins, row.astype(np.int64) << 32 | node, 0), axis=1)
+    node = np.where(depth < lengths[..., None], begun & 0xFFFFFFFF, 0).astype(np.int32)
 
     found = {
         "tokens": np.zeros((groups, trees * slots + samples), np.int32),
@@ -201,16 +218,16 @@ def pack(rows: Rows, layout: Layout) -> Trees:
         "ends": np.tile(np.arange(1, slots + 1, dtype=np.int32), (groups, trees)),
         "node_of": np.zeros((groups, samples, rows.num_tokens), np.int32),
     }
-    parents = np.concatenate([np.full((groups, samples, 1), -1), node[:, :, :-1]], axis=2)
-    depths, ends = np.broadcast_to(depth, tokens.shape), _subtree_ends(same, common, first, count, depth)
-    for name, chosen, values in (
-        ("tokens", begins, tokens),
-        ("parents", begins, parents),
-        ("depths", fed, depths),
-        ("ends", fed, ends),
+    parents = np.concatenate([np.full((groups, samples, 1), -1, np.int32), node[:, :, :-1]], axis=2)
+    ends = _subtree_ends(same, common, first, count, depth)
+    for chosen, values in (
+        (begins, {"tokens": tokens, "parents": parents}),
+        (fed, {"depths": np.broadcast_to(depth, tokens.shape), "ends": ends}),
     ):
-        found[name][np.nonzero(chosen)[0], node[chosen]] = values[chosen]
-    np.put_along_axis(found["node_of"][:, :, :longest], order[..., None], node.astype(np.int32), axis=1)
+        flat = (node + group[..., None] * found[next(iter(values))].shape[1])[chosen]
+        for name, value in values.items():
+            found[name].reshape(-1)[flat] = value[chosen]
+    found["node_of"][group, order, :longest] = node
     forest = {name: found.pop(name).reshape(groups, trees, slots) for name in ("depths", "ends")}
     return Trees(**found, **forest)
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jgrpo.config import GRPOConfig, RunConfig
+from jgrpo.core.tree import Layout, layouts
 from jgrpo.runtime.optimiser import make_optimiser
 from jgrpo.setup import fresh_adapter
 from jgrpo.steps import TrainState
@@ -34,6 +35,8 @@ ENCODER = re.compile(r"encoder\.layers\..*kernel")
 PROJECTOR = re.compile(r"projector\..*kernel")
 DECODER = re.compile(r"decoder\.layers\..*(kernel|lora\.[ab])")
 HEAD = re.compile(r"lm_head\.kernel")
+# The largest group of a step, which decides the layout of all, over the mean: 1.2 where nothing is shared, up to 1.8.
+LARGEST_GROUP = 1.5
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ class Arrays:
         """Whether it is a run of GRPO, and not of supervised training."""
         return isinstance(self.config, GRPOConfig)
 
+    @property
+    def num_samples(self) -> int:
+        """Completions of a prompt that are learnt from."""
+        return self.config.grpo.num_samples if self.is_grpo else 1
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -72,6 +80,30 @@ class Clip:
         """Return the lengths of a bucket, the text as long as the config allows, one clip a prompt."""
         frames = num_frames(round(SAMPLE_RATE * seconds))
         return cls(seconds, frames, run.config.data.max_prompt_tokens + run.model.projector.num_slots(frames))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What completions are taken to be like, where that is not the worst.
+
+    Attributes:
+        mean: tokens of a completion; None where all have as many as the limit allows.
+        sharing: tokens of a group over its distinct beginnings.
+    """
+
+    mean: float | None = None
+    sharing: float = 1.0
+
+    def layout(self, run: Arrays, clip: Clip) -> Layout:
+        """Return the layout of the prefix trees in score and update."""
+        choices = layouts(run.num_samples, run.config.max_completion_tokens, prompt_tokens=clip.tokens)
+        if self.mean is None:
+            return choices[-1]
+        needed = LARGEST_GROUP * run.num_samples * self.mean / self.sharing
+        return next((choice for choice in choices if choice[0] * choice[1] >= needed), choices[-1])
+
+
+LONGEST = Lengths()
 
 
 def model_config(config: RunConfig, name: str | None = None) -> GraniteSpeechConfig:
@@ -164,26 +196,32 @@ def parameters(run: Arrays, pattern: re.Pattern) -> tuple[int, int]:
     return sum(sizes.values()), sum(size for name, size in sizes.items() if name in run.reference)
 
 
-def decoder_flops(run: Arrays, clip: Clip, prompts: int, samples: int, *, backward: bool = False) -> float:
+def decoder_flops(
+    run: Arrays, clip: Clip, prompts: int, layout: Layout, *, leaves: int = 0, backward: bool = False
+) -> float:
     """Return the FLOPs of prompts and their completions, from the projector to the logits.
 
     Two for each parameter and token; backward, two more for the gradient of what comes in, two for each parameter that
     is trained, and two more where the forward pass is repeated. Attention counts in full, masked or not.
+
+    Args:
+        layout: of the prefix trees; of a rollout one tree of T slots for each sample.
+        leaves: nodes that are predicted and not fed in.
     """
-    decoder, limit = run.model.decoder, run.config.max_completion_tokens
-    own, slots = samples * limit, clip.tokens - run.config.data.max_prompt_tokens
-    keys = clip.tokens**2 + own * (clip.tokens + limit)
+    decoder, (trees, tokens), text = run.model.decoder, layout, run.config.data.max_prompt_tokens
+    own, slots = trees * tokens, clip.tokens - text
+    keys = clip.tokens**2 + own * (clip.tokens + tokens)
     attention = 2 * decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_dim * keys
     head = decoder.vocab_size * decoder.hidden_size
     repeated = run.config.model.remat == "full"
     total = 0.0
-    for (size, trained), tokens, again in (
+    for (size, trained), count, again in (
         (parameters(run, PROJECTOR), slots, False),
         (parameters(run, DECODER), clip.tokens + own, repeated),
         ((attention, 0), 1, repeated),
-        ((head, parameters(run, HEAD)[1]), own, True),
+        ((head, parameters(run, HEAD)[1]), own + leaves, True),
     ):
-        total += 2.0 * prompts * tokens * (size + (size * (1 + again) + trained) * backward)
+        total += 2.0 * prompts * count * (size + (size * (1 + again) + trained) * backward)
     return total
 
 
@@ -192,9 +230,14 @@ def encoder_flops(run: Arrays, clip: Clip, prompts: int) -> float:
     return 2.0 * prompts * clip.frames * parameters(run, ENCODER)[0]
 
 
-def update_flops(run: Arrays, clip: Clip, prompts: int, samples: int) -> float:
+def score_flops(run: Arrays, clip: Clip, prompts: int, layout: Layout, *, backward: bool = False) -> float:
+    """Return the FLOPs of scoring the completions of so many prompts."""
+    return decoder_flops(run, clip, prompts, layout, leaves=run.num_samples, backward=backward)
+
+
+def update_flops(run: Arrays, clip: Clip, prompts: int, layout: Layout) -> float:
     """Return the FLOPs of an update on so many prompts; a trained encoder is run again in it."""
     size, trained = parameters(run, ENCODER)
     repeated = run.config.model.remat == "full"
     encoder = 2.0 * prompts * clip.frames * (size * (2 + repeated) + trained) if trained else 0.0
-    return encoder + decoder_flops(run, clip, prompts, samples, backward=True)
+    return encoder + score_flops(run, clip, prompts, layout, backward=True)

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 
 from jgrpo.planning.arrays import (
     DECODER,
+    LONGEST,
     Arrays,
     Clip,
+    Lengths,
     chip_bytes,
     decoder_flops,
     encoder_flops,
     parameters,
+    score_flops,
     update_flops,
 )
 from jgrpo.planning.chips import HOP_SECONDS, Chip
@@ -26,20 +29,16 @@ class Estimate:
     seconds: float
 
 
-def estimate(run: Arrays, clip: Clip, chip: Chip) -> Estimate:
-    """Return the estimate for prompts with a clip of this bucket."""
+def estimate(run: Arrays, clip: Clip, chip: Chip, lengths: Lengths = LONGEST) -> Estimate:
+    """Return the estimate for prompts with a clip of this bucket: of memory for the longest completions."""
     resident = chip_bytes([run.state, run.reference, run.frozen])
-    return Estimate(resident + max(_cache(run, clip), _update(run, clip)), _seconds(run, clip, chip))
+    return Estimate(resident + max(_cache(run, clip), _update(run, clip)), _seconds(run, clip, chip, lengths))
 
 
 def _rows(run: Arrays) -> int:
     """Prompts of one chip."""
     mesh = run.config.mesh
     return -(-run.config.prompts_per_step // (mesh.data * mesh.fsdp))
-
-
-def _samples(run: Arrays) -> int:
-    return run.config.grpo.num_samples if run.is_grpo else 1
 
 
 def _width(run: Arrays) -> int:
@@ -51,7 +50,7 @@ def _cache(run: Arrays, clip: Clip) -> float:
     if not run.is_grpo:
         return 0.0
     decoder = run.model.decoder
-    tokens = clip.tokens + _samples(run) * run.config.max_completion_tokens
+    tokens = clip.tokens + run.num_samples * run.config.max_completion_tokens
     heads = decoder.num_key_value_heads / run.config.mesh.tensor
     rows = _rows(run) / run.config.grpo.rollout_chunks
     return 2.0 * rows * tokens * decoder.num_hidden_layers * heads * decoder.head_dim * _width(run)
@@ -62,7 +61,7 @@ def _update(run: Arrays, clip: Clip) -> float:
     config, decoder = run.config, run.model.decoder
     minibatches = config.grpo.num_minibatches if run.is_grpo else 1
     rows = _rows(run) / (minibatches * config.micro_batches)
-    own = _samples(run) * config.max_completion_tokens
+    own = run.num_samples * config.max_completion_tokens
     tokens, heads = clip.tokens + own, decoder.num_attention_heads / config.mesh.tensor
     stream = rows * tokens * decoder.hidden_size * _width(run)
     inner = rows * tokens * (decoder.intermediate_size * 3 / config.mesh.tensor + decoder.hidden_size) * _width(run)
@@ -72,16 +71,18 @@ def _update(run: Arrays, clip: Clip) -> float:
     return gradients + decoder.num_hidden_layers * kept + inner + scores
 
 
-def _seconds(run: Arrays, clip: Clip, chip: Chip) -> float:
+def _seconds(run: Arrays, clip: Clip, chip: Chip, lengths: Lengths) -> float:
     """Seconds of a step: of every program, the longer of its products and of what is sent for them."""
     config, mesh, decoder = run.config, run.config.mesh, run.model.decoder
     weights = (parameters(run, DECODER)[0] + decoder.vocab_size * decoder.hidden_size) * _width(run) / mesh.tensor
     gathered = weights * (mesh.fsdp - 1) / mesh.fsdp
-    tokens = _rows(run) * (clip.tokens + _samples(run) * config.max_completion_tokens)
-    reduced = 2 * decoder.num_hidden_layers * tokens * decoder.hidden_size * _width(run)
-    reduced *= 2 * (mesh.tensor - 1) / mesh.tensor
     passes = 4 if config.model.remat == "full" else 3
-    prompts, samples = config.prompts_per_step, _samples(run)
+    prompts, layout = config.prompts_per_step, lengths.layout(run, clip)
+
+    def reduced(own: int) -> float:
+        """Return the bytes that are summed over the tensor axis, for so many tokens beside each prompt's."""
+        size = 2 * decoder.num_hidden_layers * _rows(run) * (clip.tokens + own) * decoder.hidden_size * _width(run)
+        return 2 * size * (mesh.tensor - 1) / mesh.tensor
 
     # Two sums over the tensor axis in every layer, of every token that is decoded.
     hops = 2 * decoder.num_hidden_layers * (mesh.tensor if mesh.tensor > 1 else 0)
@@ -89,18 +90,20 @@ def _seconds(run: Arrays, clip: Clip, chip: Chip) -> float:
     def seconds(flops: float, sent: float) -> float:
         return max(flops / mesh.size / chip.flops, sent / chip.ici_bandwidth)
 
-    forward = decoder_flops(run, clip, prompts, samples)
     total = 0.0 if config.data.cache_encoder else seconds(encoder_flops(run, clip, prompts), 0.0)
-    updates = 1
+    updates, learnt = 1, reduced(layout[0] * layout[1])
     if run.is_grpo:
-        decoded = config.max_completion_tokens * (config.grpo.rollout_chunks * weights + _cache(run, clip) / 2)
-        waited = hops * config.max_completion_tokens * config.grpo.rollout_chunks * HOP_SECONDS
-        total += max(seconds(forward, gathered + reduced) + waited, decoded / chip.hbm_bandwidth)
-        total += seconds(forward, gathered + reduced) if config.grpo.beta > 0 else 0.0
+        whole = (run.num_samples, config.max_completion_tokens)
+        decoded = whole[1] * (config.grpo.rollout_chunks * weights + _cache(run, clip) / 2)
+        waited = hops * whole[1] * config.grpo.rollout_chunks * HOP_SECONDS
+        sampled = seconds(decoder_flops(run, clip, prompts, whole), gathered + reduced(whole[0] * whole[1]))
+        total += max(sampled + waited, decoded / chip.hbm_bandwidth)
+        scored = seconds(score_flops(run, clip, prompts, layout), gathered + learnt)
+        total += scored if config.grpo.beta > 0 else 0.0
         updates = config.grpo.num_iterations
         gathered *= config.grpo.num_minibatches
-    sent = config.micro_batches * (passes - 1) * gathered + passes / 2 * reduced
-    return total + updates * seconds(update_flops(run, clip, prompts, samples), sent)
+    sent = config.micro_batches * (passes - 1) * gathered + passes / 2 * learnt
+    return total + updates * seconds(update_flops(run, clip, prompts, layout), sent)
 
 
 def meshes(chips: int) -> list[tuple[int, int, int]]:

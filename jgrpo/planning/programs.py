@@ -10,20 +10,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jgrpo.core.tree import Layout
 from jgrpo.layout import choose_weights, decodes_unrolled, rollout_dtype
 from jgrpo.planning.arrays import (
+    LONGEST,
     Arrays,
     Clip,
+    Lengths,
     Shapes,
     chip_bytes,
     decoder_flops,
     encoder_flops,
     laid_out,
+    score_flops,
     shardings_of,
     update_flops,
 )
 from jgrpo.steps import Programs, Targets, grpo_objective, make_programs, sft_objective, truncation
-from model_port.batch import Batch
+from model_port.batch import Batch, Trees
 from model_port.generate import cache_sizes
 from model_port.partition import ROLLOUT, batch_sharding
 
@@ -103,35 +107,43 @@ def abstract_run(arrays: Arrays, *, memory: float) -> AbstractRun:
     return AbstractRun(**fields, programs=programs, weights=weights, decoding=decoding)
 
 
-def calls(run: AbstractRun, clip: Clip) -> list[Call]:
-    """Return the calls of a training step and of its validation, for prompts with a clip of this bucket."""
-    found = _training_calls(run, clip)
+def calls(run: AbstractRun, clip: Clip, lengths: Lengths | Layout = LONGEST) -> list[Call]:
+    """Return the calls of a training step and of its validation, for prompts with a clip of this bucket.
+
+    What learns from completions is there for the layout of prefix trees that is expected, and, called in no step, for
+    the largest, whose memory a run must have.
+
+    Args:
+        lengths: of the completions, or the layout that they have.
+    """
+    found = _training_calls(run, clip, lengths.layout(run, clip) if isinstance(lengths, Lengths) else lengths)
     return found + (_validation_calls(run, clip) if run.config.eval.every else [])
 
 
-def _training_calls(run: AbstractRun, clip: Clip) -> list[Call]:
+def _training_calls(run: AbstractRun, clip: Clip, expected: Layout) -> list[Call]:
     """What jgrpo.train_grpo and jgrpo.train_sft call in a step, in their order."""
     config, programs = run.config, run.programs
-    prompts, limit = config.prompts_per_step, config.max_completion_tokens
-    batch, encoded = _inputs(run, clip, prompts)
+    prompts, limit, samples = config.prompts_per_step, config.max_completion_tokens, run.num_samples
+    largest = LONGEST.layout(run, clip)
+    sizes = [(expected, ""), *([(largest, ", largest")] if largest != expected else [])]
     found = [_encode(run, clip, "encode", prompts)]
     grpo = config.grpo if run.is_grpo else None
-    samples = grpo.num_samples if grpo else 1
     if grpo:
         options = {"num_tokens": limit, "temperature": grpo.temperature, **truncation(grpo)}
         rows, sampled = prompts // grpo.rollout_chunks, samples - grpo.mixed_policy
         found += _layout(run)
         found.append(_rollout(run, clip, "rollout", rows, sampled, options, times=grpo.rollout_chunks))
         if grpo.beta > 0:
-            inputs = (run.reference, run.frozen, batch, encoded, _rows(run, (prompts, samples, limit), jnp.int32))
-            found.append(
-                Call("score", programs.score.__wrapped__, inputs, flops=decoder_flops(run, clip, prompts, samples))
-            )
+            arrays, program = (run.reference, run.frozen, *_inputs(run, clip, prompts)), programs.score.__wrapped__
+            for layout, name in sizes:
+                inputs, flops = (*arrays, _trees(run, prompts, layout)), score_flops(run, clip, prompts, layout)
+                found.append(Call(f"score{name}", program, inputs, times=layout == expected, flops=flops))
     minibatches, passes = (grpo.num_minibatches, grpo.num_iterations) if grpo else (1, 1)
-    rows = prompts // minibatches
-    inputs = (run.state, run.frozen, *_inputs(run, clip, rows), _targets(run, (rows, samples, limit)))
-    flops = update_flops(run, clip, rows, samples)
-    found.append(Call("update", programs.update.__wrapped__, inputs, times=minibatches * passes, flops=flops))
+    rows, program = prompts // minibatches, programs.update.__wrapped__
+    for layout, name in sizes:
+        inputs = (run.state, run.frozen, *_inputs(run, clip, rows), _targets(run, rows, layout))
+        times = minibatches * passes * (layout == expected)
+        found.append(Call(f"update{name}", program, inputs, times=times, flops=update_flops(run, clip, rows, layout)))
     return found[1:] if config.data.cache_encoder else found
 
 
@@ -173,7 +185,8 @@ def _rollout(run, clip: Clip, name: str, prompts: int, samples: int, options: di
     inputs = (*run.decoding, *_inputs(run, clip, prompts), keys)
     unrolled = decodes_unrolled(run.mesh, run.config.rollout_layers)
     stages = len(cache_sizes(options["num_tokens"], unrolled=unrolled))
-    flops, trips = decoder_flops(run, clip, prompts, samples), -(-(options["num_tokens"] - 1) // stages)
+    flops = decoder_flops(run, clip, prompts, (samples, options["num_tokens"]))
+    trips = -(-(options["num_tokens"] - 1) // stages)
     return Call(name, run.programs.rollout.__wrapped__, inputs, options, times, flops, trips)
 
 
@@ -197,17 +210,26 @@ def _inputs(run: AbstractRun, clip: Clip, prompts: int) -> tuple[Batch, jax.Shap
     return _struct(Batch, fields), encoded
 
 
-def _targets(run: AbstractRun, groups: tuple[int, int, int]) -> Targets:
-    """Return completions [P, G, T] to learn from."""
+def _trees(run: AbstractRun, prompts: int, layout: Layout) -> Trees:
+    """Return the completions of so many prompts as prefix trees."""
+    samples, limit, (trees, slots) = run.num_samples, run.config.max_completion_tokens, layout
+    nodes, forest = (prompts, trees * slots + samples), (prompts, trees, slots)
+    shapes = {"tokens": nodes, "parents": nodes, "depths": forest, "ends": forest, "node_of": (prompts, samples, limit)}
+    return _struct(Trees, {name: _rows(run, shape, jnp.int32) for name, shape in shapes.items()})
+
+
+def _targets(run: AbstractRun, prompts: int, layout: Layout) -> Targets:
+    """Return completions of so many prompts to learn from."""
     grpo = run.config.grpo if run.is_grpo else None
-    number = _rows(run, groups)
+    groups = prompts, run.num_samples
+    number = _rows(run, (*groups, run.config.max_completion_tokens))
     fields = {
-        "tokens": _rows(run, groups, jnp.int32),
-        "mask": _rows(run, groups, bool),
+        "trees": _trees(run, prompts, layout),
+        "mask": _rows(run, number.shape, bool),
         "old_logp": number,
         "ref_logp": number if grpo and grpo.beta > 0 else None,
-        "advantage": _rows(run, groups[:2]),
-        "is_off_policy": _rows(run, groups[:2], bool) if grpo and grpo.mixed_policy else None,
+        "advantage": _rows(run, groups),
+        "is_off_policy": _rows(run, groups, bool) if grpo and grpo.mixed_policy else None,
     }
     return _struct(Targets, fields)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jgrpo.config import RunConfig
-from jgrpo.planning.arrays import Clip
+from jgrpo.core.tree import Layout
+from jgrpo.planning.arrays import LARGEST_GROUP, Clip, Lengths
 from jgrpo.planning.cost import Collective
 from jgrpo.planning.measure import Measured
 from jgrpo.planning.topology import Slice
@@ -17,8 +18,9 @@ LARGEST = 10  # collectives of a program in the JSON file
 
 NOTE = """\
 An estimate, not a measurement: memory is the TPU compiler's; seconds are the least that the chip's stated peaks allow
-for the products, the HBM traffic and what is sent, with 1 us for each hop, as it stands in the compiled programs, all
-completions at their full length. Rewards, data and checkpoints are not in it."""
+for the products, the HBM traffic and what is sent, with 1 us for each hop, as it stands in the compiled programs. A
+rollout goes on to the limit, as it does where one completion has that length. Rewards, data and checkpoints are not in
+it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Plan:
     """What a run needs of a slice, for prompts with a clip of one bucket.
 
     Attributes:
+        lengths: what completions are taken to be like; the times of score and update are for them.
+        layout: of their prefix trees.
         weights: how they lie in the rollout, and why.
         resident: bytes on one chip of what a run keeps there all the time, by name.
     """
@@ -34,6 +38,8 @@ class Plan:
     config: RunConfig
     model: str
     clip: Clip
+    lengths: Lengths
+    layout: Layout
     weights: str
     resident: dict[str, float]
     programs: tuple[Measured, ...]
@@ -65,6 +71,7 @@ def plan_text(plan: Plan) -> str:
         f"a step: {config.prompts_per_step} prompts{samples}, {config.micro_batches} micro-batches, remat "
         f"{config.model.remat}; clips of {plan.clip.seconds:g} s ({plan.clip.frames} frames), prompts of "
         f"{plan.clip.tokens} tokens",
+        _assumed(plan),
         plan.weights,
         f"always on a chip, GiB: {held}; together {sum(plan.resident.values()) / GIB:.2f}",
         "",
@@ -79,6 +86,21 @@ def plan_text(plan: Plan) -> str:
         _verdict(plan),
     ]
     return "\n".join(line for line in lines if line is not None) + "\n"
+
+
+def _assumed(plan: Plan) -> str:
+    """Return what score and update are planned for."""
+    lengths, (trees, slots) = plan.lengths, plan.layout
+    if lengths.mean is None:
+        return (
+            f"assumed: every completion has all {plan.config.max_completion_tokens} tokens and shares none "
+            f"(--mean-length, --sharing), so what learns from them runs {trees} trees of {slots} slots"
+        )
+    return (
+        f"assumed: completions of {lengths.mean:g} tokens, {lengths.sharing:g} times their distinct beginnings, the "
+        f"largest group of a step {LARGEST_GROUP:g} times the mean, so what learns from them runs {trees} trees of "
+        f"{slots} slots; memory is that of the largest layout"
+    )
 
 
 def _memory_rows(plan: Plan) -> list[list[str]]:
@@ -178,6 +200,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "audio_seconds": plan.clip.seconds,
         "audio_frames": plan.clip.frames,
         "prompt_tokens": plan.clip.tokens,
+        "mean_length": plan.lengths.mean or plan.config.max_completion_tokens,
+        "sharing": plan.lengths.sharing,
+        "trees": plan.layout[0],
+        "slots": plan.layout[1],
         "rollout_weights": plan.weights,
         "resident": plan.resident,
         "programs": [_program_json(plan, program) for program in plan.programs],

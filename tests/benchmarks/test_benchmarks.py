@@ -1,5 +1,6 @@
 """Every benchmark runs at a tiny size, and its figures are there and hang together."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from benchmarks import compile as compilation
 from benchmarks import harness, memory, reward_overlap, rollout, scale, step, update, workload
+from jgrpo.core.tree import sort_rows
 from model_port import Processor, load_model
 from model_port.errors import UserError
 from model_port.params import split_model
@@ -58,29 +60,68 @@ def test_update(tmp_path):
 
 def test_without_a_shared_prefix_every_completion_has_its_prompt():
     base = workload.Workload(SIZE)
-    targets = base.targets(base.rollout())
-    other, apart = update._ungrouped(base, targets)
-    assert (other.size.prompts, other.size.samples, apart.tokens.shape) == (4, 1, (4, 1, 4))
+    completions = base.completions()
+    targets = base.targets(completions)
+    other, apart = update._ungrouped(base, completions)
+    assert (other.size.prompts, other.size.samples, apart.mask.shape) == (4, 1, (4, 1, 4))
     for p in range(2):
         for g in range(2):
             np.testing.assert_array_equal(other.batch.tokens[2 * p + g], base.batch.tokens[p])
             np.testing.assert_array_equal(other.encoded[2 * p + g], base.encoded[p])
-            np.testing.assert_array_equal(apart.tokens[2 * p + g, 0], targets.tokens[p, g])
+            own = apart.trees.node_of[2 * p + g, 0]
+            np.testing.assert_array_equal(apart.trees.tokens[2 * p + g][own], completions.tokens[p, g])
             assert apart.advantage[2 * p + g, 0] == targets.advantage[p, g]
 
 
 def test_an_update_that_differs_without_the_shared_prefix_is_an_error():
     report = harness.Report("update", {})
     same = {"loss": 0.5, "grad_norm": 1.0}
-    update._check_same(report, same, same, rtol=1e-4)
-    with pytest.raises(RuntimeError, match="grad_norm is 1.0 with the shared prefix and 1.01 without"):
-        update._check_same(report, same, same | {"grad_norm": 1.01}, rtol=1e-4)
+    update._check_same(report, "rows", same, same, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="grad_norm is 1.0 in an update and 1.01 with rows"):
+        update._check_same(report, "rows", same, same | {"grad_norm": 1.01}, rtol=1e-4)
 
 
 def test_step(tmp_path):
-    (row,) = run(step, tmp_path, "--steps", "2", "--only", "step")["rows"]
+    lengths = "--new-tokens 40 --mean-length 6 --sharing 1.3 --samples 4".split()
+    content = run(step, tmp_path, *lengths, "--steps", "2", "--only", "step")
+    (row,) = content["rows"]
+    assert content["notes"][0].startswith("trees x slots of a group: 1 x ")
     parts = sum(row[phase] for phase in ("data", "encode", "rollout", "reward", "score", "reward_wait", "update"))
     assert 0 < parts < 1.5 * row["step"]
+
+
+def test_completions_of_other_lengths(tmp_path):
+    """One of 32 is at the limit, their mean is what was asked for, and beginnings are shared as much."""
+    size = workload.Size(model="tiny", prompts=8, samples=8, seconds=1.0, new_tokens=40, text_tokens=4)
+    size = dataclasses.replace(size, mean_length=8.0, sharing=1.5)
+    lengths, shared = workload.completion_shapes(size)
+    assert (lengths == 40).sum() == 2 and 7.5 < lengths.mean() < 8.5
+    base = workload.Workload(size)
+    out = base.completions()
+    np.testing.assert_array_equal(out.mask.sum(-1), lengths)
+    rows = sort_rows(out.tokens, out.mask)
+    assert lengths.sum() / rows.distinct.sum() == pytest.approx(1.5, rel=0.1)
+    common, groups = np.arange(40) < shared[..., None], (np.arange(8), lengths.argmax(1))
+    for values in (out.tokens, out.logp):
+        np.testing.assert_array_equal((values == values[groups][:, None])[common], True)
+    with pytest.raises(UserError, match="--mean-length is 39: with 2 of 64 completions at the limit"):
+        workload.completion_shapes(dataclasses.replace(size, mean_length=39.9, new_tokens=30))
+    with pytest.raises(UserError, match="--sharing is 9; completions of these lengths share between 1 and"):
+        workload.completion_shapes(dataclasses.replace(size, sharing=9.0))
+
+
+def test_an_update_at_other_lengths(tmp_path):
+    """Its loss and gradient are those of completions that share nothing, or the benchmark fails."""
+    words = "--new-tokens 40 --mean-length 6 --sharing 1.3 --samples 4 --only update rows".split()
+    content = run(update, tmp_path, *words)
+    assert {row["case"] for row in content["rows"]} == {"update", "rows"}
+    assert any("1.31 times their distinct" in note and "1 trees of" in note for note in content["notes"])
+
+
+def test_growth_with_the_limit_alone(tmp_path):
+    words = "--only limit --factors 1 4 --programs encode --device-counts".split()
+    (row,) = run(scale, tmp_path, *words)["rows"]
+    assert row["case"] == "limit 8, 32"
 
 
 def test_reward_overlap(tmp_path, monkeypatch):
@@ -102,7 +143,9 @@ def test_reward_overlap(tmp_path, monkeypatch):
 
 def test_memory(tmp_path):
     words = "--only score --factors 1 --chunk 4 --vocabularies 128 4096".split()
-    small, large = run(memory, tmp_path, *words)["rows"]
+    small, large, *layouts = run(memory, tmp_path, *words, "--limit", "200")["rows"]
+    assert [row["program"] for row in layouts][-1] == "score, 2 x 199" and len(layouts) > 2
+    assert [row["temporaries_mb"] for row in layouts] == sorted(row["temporaries_mb"] for row in layouts)
     assert small["vocabulary_mb"] == 0
     assert large["vocabulary_mb"] > 0
     assert large["logits_mb"] == pytest.approx(16 * 4096 * 4 / 1e6)

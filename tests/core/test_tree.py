@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from jgrpo.core.tree import first_fit, layouts, pack, sort_rows
+from jgrpo.core.tree import holds, layouts, pack, smallest, sort_rows
 
 
 def group_of(random, samples, num_tokens, ids):
@@ -80,11 +80,11 @@ def test_trees_are_the_trie_of_the_completions(seed):
     rows = sort_rows(*arrays_of(groups, num_tokens))
     tries = [{tuple(row[: t + 1]) for row in group for t in range(len(row))} for group in groups]
     followed = [{one[:-1] for one in trie} - {()} for trie in tries]
-    assert rows.distinct().tolist() == [len(trie) for trie in tries]
-    assert rows.fed().tolist() == [len(one) for one in followed]
-    for layout in [(1, max(*rows.fed().tolist(), 1)), (2, num_tokens * samples), (3, 2 * num_tokens), last]:
+    assert rows.distinct.tolist() == [len(trie) for trie in tries]
+    assert rows.fed.tolist() == [len(one) for one in followed]
+    for layout in [(1, max(*rows.fed.tolist(), 1)), (2, num_tokens * samples), (3, 2 * num_tokens), last]:
         for share in (True, False):
-            if first_fit(sort_rows(*arrays_of(groups, num_tokens), share=share), [layout, last]).max() == 0:
+            if holds(sort_rows(*arrays_of(groups, num_tokens), share=share), [layout]).all():
                 check(groups, num_tokens, layout, share=share)
 
 
@@ -102,15 +102,23 @@ def test_by_hand():
     assert trees.parents[0, nodes[4, 0]] == -1 and trees.tokens[0, nodes[4, 0]] == 4
 
 
-def test_a_layout_is_the_first_that_holds_the_group():
+def test_a_layout_is_the_first_that_holds_every_group():
     rows = [[1, 2, 3, 4], [1, 2, 5, 6], [7, 8, 9, 10]]  # 1 2 3 | 5, 7 8 9: seven slots
-    sorted_rows = sort_rows(*arrays_of([rows, [[1]] * 3], 4))
-    assert first_fit(sorted_rows, [(1, 6), (1, 7), (3, 3)]).tolist() == [1, 0]
-    assert first_fit(sorted_rows, [(1, 6), (2, 4), (3, 3)]).tolist() == [1, 0]
-    with pytest.raises(ValueError, match="no layout"):
-        first_fit(sorted_rows, [(1, 6)])
+    groups = sort_rows(*arrays_of([rows, [[1]] * 3], 4))
+    choices = [(1, 6), (2, 3), (1, 7), (2, 4), (3, 3)]
+    assert holds(groups, choices).tolist() == [[False, False, True, True, True], [True, False, True, True, True]]
+    assert smallest(holds(groups, choices), choices) == (1, 7)
+    with pytest.raises(ValueError, match="none of the layouts"):
+        smallest(holds(groups, choices[:2]), choices[:2])
     with pytest.raises(ValueError, match="does not hold"):
-        pack(sorted_rows, (1, 6))
+        pack(groups, (1, 6))
+
+
+def test_two_trees_may_not_hold_what_one_does():
+    """A long beginning that all share is twice in two trees; the last layout holds it in any case."""
+    rows = [[*range(100, 115), branch, *range(branch, branch + 4)] for branch in range(0, 30, 5)]
+    groups, choices = sort_rows(*arrays_of([rows], 20)), [(1, 40), (2, 24), (6, 19)]
+    assert holds(groups, choices).tolist() == [[True, False, True]]
 
 
 @pytest.mark.parametrize("samples", [1, 3, 8, 12])
@@ -119,16 +127,16 @@ def test_a_layout_is_the_first_that_holds_the_group():
 def test_layouts_are_few_rise_and_hold_everything(samples, num_tokens, prompt_tokens):
     found = layouts(samples, num_tokens, prompt_tokens=prompt_tokens)
     columns = [prompt_tokens + trees * slots for trees, slots in found]
-    assert found[-1] == (samples, max(num_tokens - 1, 1)) and len(found) <= 12
+    assert found[-1] == (samples, max(num_tokens - 1, 1)) and len(found) <= 16
     assert columns == sorted(set(columns))
     random = np.random.default_rng(0)
     tokens = random.integers(0, 50, (2, samples, num_tokens)).astype(np.int32)
     full = sort_rows(tokens, np.ones(tokens.shape, bool), share=False)
-    assert first_fit(full, found).max() == len(found) - 1 or num_tokens == 1
-    # What one of them holds, every later one does.
+    assert smallest(holds(full, found), found) == found[-1] or num_tokens == 1
     short = sort_rows(tokens, np.arange(num_tokens) < random.integers(0, num_tokens + 1, (2, samples, 1)))
-    for layout in found[first_fit(short, found).max() :]:
-        pack(short, layout)
+    for layout, held in zip(found, holds(short, found).all(0), strict=True):
+        if held:
+            pack(short, layout)
 
 
 def test_a_mask_with_a_gap_is_refused():
@@ -148,7 +156,7 @@ def test_trees_of_a_large_step_take_milliseconds():
     def seconds():
         start = time.perf_counter()
         rows = sort_rows(tokens, mask)
-        pack(rows, choices[first_fit(rows, choices).max()])
+        pack(rows, smallest(holds(rows, choices), choices))
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(5)) < 0.05

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from jgrpo.config import GRPOOptions
-from jgrpo.core.tree import first_fit, pack, sort_rows
+from jgrpo.core.tree import holds, pack, smallest, sort_rows
 from jgrpo.rollout import step_keys
 from jgrpo.runtime.rows import place
 from jgrpo.steps import Targets, grpo_objective, make_programs
@@ -95,7 +95,7 @@ def make_trees(tokens, mask=None, *, layout=None, share=True):
     mask = np.ones(tokens.shape, bool) if mask is None else mask
     rows, (_, samples, length) = sort_rows(tokens, mask, share=share), tokens.shape
     choices = [(1, 8), (1, 16), (2, 8), (samples, max(length - 1, 1))]
-    return pack(rows, layout or choices[first_fit(rows, choices).max()])
+    return pack(rows, layout or smallest(holds(rows, choices), choices))
 
 
 def make_targets(out, *, tokens=None, layout=None, share=True, **changes):

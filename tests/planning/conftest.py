@@ -136,6 +136,8 @@ def options():
         defaults = {
             "topology": "v5e:2x4",
             "model": None,
+            "mean_length": None,
+            "sharing": 1.0,
             "all_buckets": False,
             "search": False,
             "tries": 2,

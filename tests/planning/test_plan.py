@@ -64,6 +64,52 @@ def test_a_plan_that_does_not_fit(config, options, capsys):
     assert "20.00" in capsys.readouterr().out
 
 
+def test_expected_lengths_give_the_time_and_the_largest_layout_the_memory(config, options, tmp_path, capsys):
+    """A group of 4 x 40 tokens: 4 x 12 x 1.5 / 2 = 36 slots are expected, and (4, 39) is what memory must hold."""
+    config = dataclasses.replace(config, max_completion_tokens=40)
+    path = tmp_path / "plan.json"
+    sizes = {}
+
+    def temporaries(call, _):
+        if call.name.startswith(("score", "update")):
+            sizes[call.name] = call.arguments[-1] if call.name.startswith("score") else call.arguments[-1].trees
+        return 15.8 * GIB if call.name == "update, largest" else 0
+
+    assert not run_plan(config, options(json=path, mean_length=12.0, sharing=2.0), temporaries=temporaries)
+    assert {name: trees.ends.shape for name, trees in sizes.items()} == {
+        "score": (8, 1, 40), "score, largest": (8, 4, 39), "update": (8, 1, 40), "update, largest": (8, 4, 39)
+    }  # fmt: skip
+    (found,) = json.loads(path.read_text())
+    assert (found["mean_length"], found["sharing"], found["trees"], found["slots"]) == (12.0, 2.0, 1, 40)
+    times = {program["name"]: program["calls_per_step"] for program in found["programs"]}
+    assert times["update"] == times["score"] == 1 and times["update, largest"] == times["score, largest"] == 0
+    text = capsys.readouterr().out
+    assert (
+        "assumed: completions of 12 tokens, 2 times their distinct beginnings, the largest group of a step 1.5" in text
+    )
+    assert "1 trees of 40 slots; memory is that of the largest layout" in text
+    assert "It does not fit: update, largest takes" in text
+    run_plan(config, options())
+    assert "assumed: every completion has all 40 tokens and shares none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"mean_length": 7.0},
+            "--mean-length is 7; completions have at least 1 token and at most max_completion_tokens, 6",
+        ),
+        ({"mean_length": 0.0}, "--mean-length is 0"),
+        ({"mean_length": 3.0, "sharing": 0.5}, "--sharing is 0.5; a group has at least as many tokens as"),
+        ({"sharing": 2.0}, "--sharing needs --mean-length"),
+    ],
+)
+def test_lengths_that_cannot_be(config, options, changes, says):
+    with pytest.raises(UserError, match=says):
+        run_plan(config, options(**changes))
+
+
 def test_all_buckets(config, options, capsys):
     assert run_plan(config, options(all_buckets=True))
     text = capsys.readouterr().out

@@ -68,7 +68,7 @@ def test_calls_of_sft_with_a_validation(sft, make_run):
     run, clip = make_run(dataclasses.replace(sft, eval=EvalOptions(every=5, validation_seeds=(0, 1), batch_size=8)))
     assert names(run, clip) == [("encode", 1), ("update", 1), ("validation encode", 0), ("validation rollout", 0)]
     *_, update, _, rollout = calls(run, clip)
-    assert update.arguments[-1].tokens.shape == (8, 1, 6)
+    assert update.arguments[-1].mask.shape == (8, 1, 6)
     assert rollout.arguments[-1].shape == (8, 2) and rollout.options["top_p"] == 0.9
 
 
