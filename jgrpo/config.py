@@ -43,6 +43,7 @@ LEAST = {
     "max_skipped_updates": 0,
     "model.lora_rank": 1,
     "model.logprob_chunk": 1,
+    "data.length_window": 1,
     "data.max_prompt_tokens": 1,
     "data.min_seconds": 0,
     "data.max_unreadable": 0,

@@ -74,6 +74,8 @@ class DataOptions:
     """Column of the references, likewise; if empty, that of the data's task, or the key reference of a manifest."""
     audio_buckets: tuple[float, ...] = (5.0, 10.0, 20.0, 35.0)
     """Seconds that clips are padded to: the smallest that holds a batch. A longer clip does not fit."""
+    length_window: int = 8
+    """Training batches over which clips of like length are put together, so that one does not pad all; 1 for none."""
     max_prompt_tokens: int = 256
     """Text tokens of a prompt, audio not counted; a longer prompt does not fit."""
     unfit: Literal["refuse", "drop"] = "refuse"

@@ -15,7 +15,7 @@ from model_port.model import GraniteSpeech, has_audio, last_hidden
 from model_port.partition import stationary_weights
 from model_port.sampling import row_keys, sample
 
-STAGED_FROM = 100  # slots of a cache
+FIRST_STAGE = 32  # slots of a cache at most
 
 
 def generate(
@@ -155,11 +155,14 @@ def sample_completions(
 def cache_sizes(num_tokens: int, *, unrolled: bool) -> list[int]:
     """Return the slots of the cache from stage to stage of decoding; the last of T tokens needs none.
 
-    A token reads all slots, also those that are empty. Two stages, the first with half the slots, spare a quarter of
-    that, and compile the layers twice: worth it where the cache is long and read slowly, on CPUs and GPUs.
+    A token reads all slots, also those that are empty, so that their number should be that of the tokens there are: it
+    doubles from stage to stage. Each stage compiles the layers once more. Where they are scanned, as on TPUs, there is
+    one stage.
     """
-    slots = max(num_tokens - 1, 1)
-    return [-(-slots // 2), slots] if unrolled and slots >= STAGED_FROM else [slots]
+    sizes = [max(num_tokens - 1, 1)]
+    while unrolled and sizes[0] > FIRST_STAGE:
+        sizes.insert(0, -(-sizes[0] // 2))
+    return sizes
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "temperature", "top_p", "top_k", "min_p"))

@@ -26,7 +26,8 @@ from model_port.processor import Processor
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 TEXT_STEP = 8  # text tokens; the padding for text is a multiple of it, so that data sets of one task share a shape
 STEPS = 1 << 40  # of a stream, which has no end
-SUBSTITUTES = 3  # the purpose folded into a seed: what stands in for a clip that cannot be read
+# Purposes folded into a seed: what stands in for a clip that cannot be read, and the order of batches in a window.
+SUBSTITUTES, GROUPED = 3, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,7 @@ class PromptData:
         system: str | None = None,
         cache: bool = False,
         max_unreadable: int = 0,
+        length_window: int = 1,
         rows: Sequence[int] | np.ndarray | None = None,
         **filters: Any,
     ):
@@ -121,6 +123,7 @@ class PromptData:
             system: system message of all prompts.
             cache: keep features in memory (about 32 kB per second of audio) instead of computing them every epoch.
             max_unreadable: examples that training goes on without when their audio cannot be read.
+            length_window: batches of a stream over which clips of like length are put together; 1 leaves them as drawn.
             rows: which of the P this process holds, rising; None for all.
             filters: further fields of jgrpo.data.fit.Limits.
 
@@ -151,6 +154,7 @@ class PromptData:
         self._text_tokens = min(max_prompt_tokens, -(-longest // TEXT_STEP) * TEXT_STEP)
         self._num_clips = int((self.examples.samples > 0).sum(axis=1).max())
         self._clips = ClipReader(self.examples, cache=cache, max_unreadable=max_unreadable)
+        self._length_window = length_window
         self._skipped: list[str] = []
 
     def __len__(self) -> int:
@@ -174,13 +178,13 @@ class PromptData:
     def stream(self, *, seed: int, start_step: int = 0) -> PromptStream:
         """Return the endless training stream: reshuffled every epoch, batches crossing from one into the next."""
         order = Order(self.counts, self._weights, seed=seed)
-        steps = grain.MapDataset.range(STEPS).map(lambda step: self._draw(order, step, (seed, SUBSTITUTES, step)))
+        steps = grain.MapDataset.range(STEPS).map(lambda step: self._draw(order, step, seed))
         return PromptStream(steps, start_step, self._skipped)
 
     def further(self, *, seed: int, index: int) -> PromptBatch:
         """Return batch `index` of a stream in an order of its own, for prompts beside those of `stream`."""
         order = Order(self.counts, self._weights, seed=seed, further=True)
-        batch = self._draw(order, index, (seed, SUBSTITUTES, index, 1))
+        batch = self._draw(order, index, seed, 1)
         self._skipped.extend(batch.skipped)
         return batch
 
@@ -207,10 +211,9 @@ class PromptData:
         skipped, self._skipped[:] = list(self._skipped), []
         return skipped
 
-    def _draw(self, order: Order, step: int, key: tuple[int, ...]) -> PromptBatch:
+    def _draw(self, order: Order, step: int, seed: int, *purpose: int) -> PromptBatch:
         """Make this process's part of a batch in some order, with substitutes for what cannot be read."""
-        size = self._global_rows
-        rows = order(range(step * size, (step + 1) * size))
+        rows, key = self._grouped(order, step, seed, *purpose), (seed, SUBSTITUTES, step, *purpose)
         indices, clips, skipped = [], [], []
         for row in self._rows.tolist():
             index, found = int(rows[row]), self._clips.attempt(int(rows[row]))
@@ -224,6 +227,21 @@ class PromptData:
         # The shape is that of the examples that were drawn: every process knows those.
         bucket = self._bucket(self._frames[rows].max())
         return self._batch(np.array(indices), clips, bucket, valid=len(indices), skipped=tuple(skipped))
+
+    def _grouped(self, order: Order, step: int, seed: int, *purpose: int) -> Int[np.ndarray, " N"]:
+        """Return the examples of a batch: those of a window of batches stand together by their buckets.
+
+        So that one long clip does not set the shape of all. A window holds the examples that it would anyway, and where
+        one of them is in it twice, as at the turn of an epoch, they stay as drawn, lest both come into one batch.
+        """
+        size, window = self._global_rows, self._length_window
+        number, place = divmod(step, window)
+        rows = order(range(number * window * size, (number + 1) * window * size)).reshape(window, size)
+        kinds = np.searchsorted(self._buckets, self._frames[rows.reshape(-1)])
+        if window == 1 or kinds.min() == kinds.max() or len(np.unique(rows)) < rows.size:
+            return rows[place]
+        together = rows.reshape(-1)[np.argsort(kinds, kind="stable")].reshape(window, size)
+        return together[np.random.default_rng([seed, GROUPED, number, *purpose]).permutation(window)[place]]
 
     def _substitute(self, rows: Int[np.ndarray, " N"], row: int, key: tuple[int, ...]) -> tuple[int, Features]:
         """Return another example of the same source that fits into the batch and can be read, with its features.

@@ -33,6 +33,7 @@ def training_data(
         processor,
         completion_tokens=config.max_completion_tokens if references else None,
         max_unreadable=data.max_unreadable,
+        length_window=data.length_window,
         min_seconds=data.min_seconds,
         max_seconds=data.max_seconds,
         max_reference_tokens=data.max_reference_tokens,

@@ -116,6 +116,46 @@ def test_the_smallest_bucket_that_fits_the_whole_batch(make_data):
         assert batch.batch.features.shape[2] == max(frames[i] for i in batch.indices)
 
 
+@pytest.fixture
+def many(make_data, rows):
+    """Forty examples with clips of 0.25 to 2 s, as a function of PromptData's options."""
+    changed = [{**rows[k % len(rows)], "topic": f"topic {k}"} for k in range(40)]
+    return lambda **options: make_data(changed, **options)
+
+
+def test_clips_of_like_length_stand_together(many):
+    """Each window of four batches holds what it would anyway, in fewer shapes; epochs turn at ten batches."""
+    plain, grouped = (take(many(length_window=window).stream(seed=3), 20) for window in (1, 4))
+    padded = {}
+    for name, batches in (("plain", plain), ("grouped", grouped)):
+        padded[name] = sum(batch.batch.features.shape[2] for batch in batches)
+    assert padded["grouped"] < 0.9 * padded["plain"]
+    for start in range(0, 20, 4):
+        drawn, found = ([batch.indices for batch in batches[start : start + 4]] for batches in (plain, grouped))
+        assert sorted(np.concatenate(drawn)) == sorted(np.concatenate(found))
+        if len(set(np.concatenate(drawn))) < 16:
+            np.testing.assert_array_equal(drawn, found)
+    # The long batches are not always the first or the last of their window.
+    longest = [int(np.argmax([b.batch.features.shape[2] for b in grouped[s : s + 4]])) for s in (0, 4, 12, 16)]
+    assert len(set(longest)) > 1
+    assert len({tuple(batch.indices) for batch in take(many(length_window=4).stream(seed=4), 20)}) > 10
+
+
+def test_like_lengths_do_not_depend_on_processes_or_on_where_a_run_goes_on(many):
+    whole = take(many(length_window=4).stream(seed=2), 12)
+    halves = [take(many(length_window=4, rows=HALVES[k]).stream(seed=2), 12) for k in range(2)]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        np.testing.assert_array_equal(np.concatenate([first.indices, second.indices]), batch.indices)
+        assert first.batch.features.shape[2] == batch.batch.features.shape[2]
+    for step in (3, 4, 9):
+        for expected, got in zip(whole[step:], many(length_window=4).stream(seed=2, start_step=step), strict=False):
+            assert_same(got, expected)
+    data = many(length_window=4)
+    beside = [data.further(seed=2, index=index).indices for index in range(4)]
+    assert len(np.unique(np.concatenate(beside))) == 16
+    assert any((one != batch.indices).any() for one, batch in zip(beside, whole, strict=False))
+
+
 def test_shapes_are_those_that_occur(make_data, rows):
     data = make_data(prompts_per_step=1)
     seen = {(batch.batch.features.shape[2], batch.batch.tokens.shape[1]) for batch in data.epoch()}

@@ -105,8 +105,8 @@ def test_one_token(model, run, out):
 
 def test_scanned_layers_and_stages_of_the_cache_change_no_sample(run, out, monkeypatch):
     # As an attribute of the package, `generate` is the function.
-    monkeypatch.setattr(importlib.import_module("model_port.generate"), "STAGED_FROM", 4)
-    assert len(cache_sizes(T, unrolled=True)) == 2
+    monkeypatch.setattr(importlib.import_module("model_port.generate"), "FIRST_STAGE", 2)
+    assert cache_sizes(T, unrolled=True) == [2, 3, 5]
     for layers in ("scanned", "unrolled"):
         samples = jax.device_get(Run(rollout_layers=layers).rollout())
         np.testing.assert_array_equal(samples.tokens, out.tokens)
@@ -116,7 +116,14 @@ def test_scanned_layers_and_stages_of_the_cache_change_no_sample(run, out, monke
 
 @pytest.mark.parametrize(
     ("num_tokens", "unrolled", "sizes"),
-    [(1, True, [1]), (2, True, [1]), (64, True, [63]), (200, False, [199]), (200, True, [100, 199])],
+    [
+        (1, True, [1]),
+        (2, True, [1]),
+        (33, True, [32]),
+        (64, True, [32, 63]),
+        (200, False, [199]),
+        (200, True, [25, 50, 100, 199]),
+    ],
 )
 def test_stages_of_the_cache(num_tokens, unrolled, sizes):
     assert cache_sizes(num_tokens, unrolled=unrolled) == sizes

@@ -44,7 +44,7 @@ def test_calls_of_grpo(config, make_run):
     assert names(*make_run(stationary)) == [("rollout", 2), ("update", 2)]
 
 
-@pytest.mark.parametrize(("layers", "trips"), [("scanned", 199), ("unrolled", 100)])
+@pytest.mark.parametrize(("layers", "trips"), [("scanned", 199), ("unrolled", 50)])
 def test_the_stages_of_decoding_share_its_tokens(config, make_run, layers, trips):
     run, clip = make_run(dataclasses.replace(config, max_completion_tokens=200, rollout_layers=layers))
     assert {call.trips for call in calls(run, clip) if call.name == "rollout"} == {trips}
