@@ -14,6 +14,7 @@ from flax import nnx
 
 from jgrpo import cli
 from jgrpo.config import GRPOConfig, SFTConfig, load_config
+from jgrpo.core.tree import pack, sort_rows
 from jgrpo.data.builders.build import names
 from jgrpo.data.built import parse_split
 from jgrpo.options import GRPOOptions
@@ -96,13 +97,14 @@ class FullSize:
             return getattr(programs, program).__wrapped__.eval_shape(state, frozen, *inputs, *arrays, **options)
 
         groups = (config.prompts_per_step, grpo.num_samples if grpo else 1, limit)
+        trees = pack(sort_rows(np.zeros(groups, np.int32), np.ones(groups, bool)), (groups[1], limit - 1))
         if grpo:
             sampled = (groups[0], groups[1] - grpo.mixed_policy)
             out = trace("rollout", sampled[0], key_shape(*sampled), num_tokens=limit, temperature=grpo.temperature)
             assert out is None or out.tokens.shape == (*sampled, limit)
-            trace("score", groups[0], shape(groups, jnp.int32))
+            trace("score", groups[0], jax.tree.map(lambda x: shape(x.shape, x.dtype), trees))
         targets = Targets(
-            tokens=np.zeros(groups, np.int32),
+            trees=trees,
             mask=np.ones(groups, bool),
             old_logp=np.zeros(groups, np.float32),
             ref_logp=np.zeros(groups, np.float32) if grpo else None,

@@ -27,8 +27,12 @@ def test_a_grpo_run_leaves_what_the_design_promises(grpo_run):
         phases = [row[f"seconds/{phase}"] for phase in ("data", "encode", "rollout", "reward", "score", "update")]
         assert 0 < sum(phases) <= row["seconds"]
         assert row["tokens_per_second"] == row["num_tokens"] / row["seconds"]
-    # One bucket of audio: encode, rollout, score and update, and no more of them after the first step.
-    assert [row["compilations"] for row in rows] == [4] * 6
+    # One bucket of audio: encode and rollout, and score and update for every layout of trees that has come up.
+    layouts = [(row["tree/trees"], row["tree/slots"]) for row in rows]
+    assert [row["compilations"] for row in rows] == [2 + 2 * len(set(layouts[: step + 1])) for step in range(6)]
+    for row in rows:
+        assert row["tree/tokens_per_node"] >= 1
+        assert 0 <= row["padding/nodes"] < 1 and 0 < row["padding/prompts"] < 1
     assert [path.name for path in sorted((grpo_run / "checkpoints").iterdir())] == ["6"]
     assert list((grpo_run / "tensorboard").glob("events.out.tfevents.*"))
     assert (grpo_run / "policy" / "model_port.json").is_file()
