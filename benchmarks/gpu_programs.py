@@ -88,7 +88,7 @@ def decoding(module: Module) -> dict[str, float]:
     """Return the launches of a token and the megabytes copied out of stacked arrays, in the loop over tokens."""
     entry = module.computations[module.entry]
     loops = [each for each in entry.values() if each.operation == "while"]
-    tokens = [loop for loop in loops if module.trips(loop, module.entry) is None][-1]  # of the stage with all slots
+    tokens = [loop for loop in loops if module.trips(loop, module.entry) is None][-1]  # of the first stage
     launches, copied = _inside(module, tokens.attribute("body"))
     return {"launches_a_token": launches, "copied_MB_a_token": copied / 1e6}
 

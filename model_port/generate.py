@@ -144,12 +144,17 @@ def sample_completions(
     layers, prefix, cache = model.decoder.decoding(
         prefix, num_samples=num_samples, num_tokens=sizes[0], dtype=cache_dtype or model.dtype, unrolled=unrolled
     )
-    state = (jnp.int32(1), token, running, cache, out)
-    for size in sizes:
+
+    def decode_with(sizes: list[int], state) -> Completions:
+        """Decode through the stages of the cache; one that no sample reaches is never made."""
         *others, cache, out = state
-        going = partial(keep_going, min(size + 1, num_tokens))
-        state = jax.lax.while_loop(going, decode, (*others, grow_cache(cache, size), out))
-    return state[-1]
+        going = partial(keep_going, min(sizes[0] + 1, num_tokens))
+        state = jax.lax.while_loop(going, decode, (*others, grow_cache(cache, sizes[0]), out))
+        if len(sizes) == 1:
+            return state[-1]
+        return jax.lax.cond(state[2].any(), partial(decode_with, sizes[1:]), lambda state: state[-1], state)
+
+    return decode_with(sizes, (jnp.int32(1), token, running, cache, out))
 
 
 def cache_sizes(num_tokens: int, *, unrolled: bool) -> list[int]:

