@@ -245,6 +245,16 @@ def grow_cache(cache: Any, slots: int) -> Any:
     return jax.tree.map(pad, cache)
 
 
+def thin_cache(cache: Any, rows: Int[Array, "P g"]) -> Any:
+    """Return the cache of these samples of each prompt alone."""
+
+    def take(store):
+        index = rows.reshape((1,) * (store.ndim - 5) + rows.shape + (1, 1, 1))
+        return jnp.take_along_axis(store, index, axis=-4)
+
+    return jax.tree.map(take, cache)
+
+
 def _write(cache: Cache, index, t, *new: Float[Array, "P G 1 K h"]):
     """Write slot t of a layer's keys and values, in place; return the cache, and these two [P, G, T, K, h]."""
     new = [item.swapaxes(2, 3) for item in new]

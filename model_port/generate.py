@@ -9,13 +9,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from model_port.batch import Batch, Completions
-from model_port.decoder import grow_cache, unrolled_on
+from model_port.decoder import grow_cache, thin_cache, unrolled_on
 from model_port.errors import UserError
 from model_port.model import GraniteSpeech, has_audio, last_hidden
 from model_port.partition import stationary_weights
 from model_port.sampling import row_keys, sample
 
 FIRST_STAGE = 32  # slots of a cache at most
+FEW = 4  # a quarter of a group's samples: where no more go on in any group, the others are left out
 
 
 def generate(
@@ -110,7 +111,7 @@ def sample_completions(
     pad = jnp.int32(model.config.pad_token_id)
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
 
-    def draw(logits, t):
+    def draw(keys, logits, t):
         return sample(fold(keys, t), logits, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
 
     def write(out: Completions, t, token, logp, running):
@@ -122,47 +123,68 @@ def sample_completions(
         running = running & (token[:, :, None] != eos[None, None, :]).all(-1)
         return Completions(**put), parts["tokens"], running
 
-    def keep_going(stop, state):
-        t, _, running, _, _ = state
-        return (t < stop) & running.any()
+    def more_than(few, running):
+        return running.sum(1).max() > few
 
-    def decode(state):
+    def keep_going(stop, few, state):
+        t, _, running, _, _ = state
+        return (t < stop) & more_than(few, running)
+
+    def decode(keys, state):
         t, token, running, cache, out = state
         with stationary_weights(stationary):
             x = model.embed_completions(token)
             hidden, cache = model.decoder.step(x, layers, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
             logits = model.policy_logits(hidden)
-        token, logp = draw(logits, t)
+        token, logp = draw(keys, logits, t)
         out, token, running = write(out, t, token, logp, running)
         return t + 1, token, running, cache, out
 
     shape = (num_prompts, num_samples, num_tokens)
     out = Completions(tokens=jnp.full(shape, pad), mask=jnp.zeros(shape, bool), logp=jnp.zeros(shape, jnp.float32))
-    token, logp = draw(jnp.broadcast_to(first, (num_prompts, num_samples, first.shape[-1])), 0)
+    token, logp = draw(keys, jnp.broadcast_to(first, (num_prompts, num_samples, first.shape[-1])), 0)
     out, token, running = write(out, 0, token, logp, jnp.ones((num_prompts, num_samples), bool))
     sizes = cache_sizes(num_tokens, unrolled=unrolled)
     layers, prefix, cache = model.decoder.decoding(
         prefix, num_samples=num_samples, num_tokens=sizes[0], dtype=cache_dtype or model.dtype, unrolled=unrolled
     )
 
-    def decode_with(sizes: list[int], state) -> Completions:
-        """Decode through the stages of the cache; one that no sample reaches is never made."""
-        *others, cache, out = state
-        going = partial(keep_going, min(sizes[0] + 1, num_tokens))
-        state = jax.lax.while_loop(going, decode, (*others, grow_cache(cache, sizes[0]), out))
-        if len(sizes) == 1:
-            return state[-1]
-        return jax.lax.cond(state[2].any(), partial(decode_with, sizes[1:]), lambda state: state[-1], state)
+    few = num_samples // FEW if len(sizes) > 1 else 0
+    take = jax.vmap(lambda values, chosen: values[chosen])
 
-    return decode_with(sizes, (jnp.int32(1), token, running, cache, out))
+    def thin(state):
+        """Leave all but a few samples of each group out, those that go on first; return which, and their state."""
+        t, token, running, cache, out = state
+        if not few:
+            return out
+        rows = jnp.argsort(~running, axis=1, stable=True)[:, :few]
+        token, running, own = jax.tree.map(lambda values: take(values, rows), (token, running, out))
+        return rows, out, (t, token, running, grow_cache(thin_cache(cache, rows), sizes[-1]), own)
+
+    def decode_with(sizes: list[int], state):
+        """Decode through the stages of the cache while many samples go on; one that they do not reach is never made."""
+        *others, cache, out = state
+        going = partial(keep_going, min(sizes[0] + 1, num_tokens), few)
+        state = jax.lax.while_loop(going, partial(decode, keys), (*others, grow_cache(cache, sizes[0]), out))
+        if len(sizes) == 1:
+            return thin(state)
+        return jax.lax.cond(more_than(few, state[2]), partial(decode_with, sizes[1:]), thin, state)
+
+    found = decode_with(sizes, (jnp.int32(1), token, running, cache, out))
+    if not few:
+        return found
+    rows, out, state = found
+    state = jax.lax.while_loop(partial(keep_going, num_tokens, 0), partial(decode, take(keys, rows)), state)
+    put = jax.vmap(lambda values, chosen, new: values.at[chosen].set(new))
+    return jax.tree.map(lambda values, new: put(values, rows, new), out, state[-1])
 
 
 def cache_sizes(num_tokens: int, *, unrolled: bool) -> list[int]:
     """Return the slots of the cache from stage to stage of decoding; the last of T tokens needs none.
 
     A token reads all slots, also those that are empty, so that their number should be that of the tokens there are: it
-    doubles from stage to stage. Each stage compiles the layers once more. Where they are scanned, as on TPUs, there is
-    one stage.
+    doubles from stage to stage. Each stage compiles the layers once more, and so do the few samples that go on longest.
+    Where layers are scanned, as on TPUs, there is one stage.
     """
     sizes = [max(num_tokens - 1, 1)]
     while unrolled and sizes[0] > FIRST_STAGE:

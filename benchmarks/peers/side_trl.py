@@ -58,9 +58,9 @@ class AudioGRPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         start = time.perf_counter()
-        prompts, completions, *rest = super()._generate_single_turn(*args, **kwargs)
+        completions, *rest = super()._generate_single_turn(*args, **kwargs)
         self.sampling_seconds = time.perf_counter() - start
-        return (prompts, self._reshaped(completions), *rest)
+        return (self._reshaped(completions), *rest)
 
     def _reshaped(self, completions: list[list[int]]) -> list[list[int]]:
         """Cut completions to the lengths asked for, with the share of their group's longest one's tokens."""

@@ -184,6 +184,7 @@ def _rollout(run, clip: Clip, name: str, prompts: int, samples: int, options: di
     keys = _rows(run, (prompts, samples), jax.eval_shape(lambda: jax.random.key(0)).dtype)
     inputs = (*run.decoding, *_inputs(run, clip, prompts), keys)
     unrolled = decodes_unrolled(run.mesh, run.config.rollout_layers)
+    # Each stage of the cache is a loop; which of them has how many of the tokens the data decides.
     stages = len(cache_sizes(options["num_tokens"], unrolled=unrolled))
     flops = decoder_flops(run, clip, prompts, (samples, options["num_tokens"]))
     trips = -(-(options["num_tokens"] - 1) // stages)

@@ -103,15 +103,47 @@ def test_one_token(model, run, out):
     np.testing.assert_allclose(scored, at(whole, out.tokens)[:, :, :1], atol=1e-4)
 
 
-def test_scanned_layers_and_stages_of_the_cache_change_no_sample(run, out, monkeypatch):
+@pytest.mark.parametrize("few", [4, 2], ids=["all go on", "one goes on"])
+def test_stages_of_the_cache_and_few_samples_change_nothing(run, out, monkeypatch, few):
+    """The cache grows from 2 to 3 and 5 slots, and where one sample of three goes on in any group the rest is left."""
     # As an attribute of the package, `generate` is the function.
-    monkeypatch.setattr(importlib.import_module("model_port.generate"), "FIRST_STAGE", 2)
+    module = importlib.import_module("model_port.generate")
+    monkeypatch.setattr(module, "FIRST_STAGE", 2)
+    monkeypatch.setattr(module, "FEW", few)
     assert cache_sizes(T, unrolled=True) == [2, 3, 5]
-    for layers in ("scanned", "unrolled"):
-        samples = jax.device_get(Run(rollout_layers=layers).rollout())
-        np.testing.assert_array_equal(samples.tokens, out.tokens)
-        np.testing.assert_array_equal(samples.mask, out.mask)
-        np.testing.assert_allclose(samples.logp, out.logp, atol=1e-5)
+    samples = jax.device_get(Run(rollout_layers="unrolled").rollout())
+    np.testing.assert_array_equal(samples.tokens, out.tokens)
+    np.testing.assert_array_equal(samples.mask, out.mask)
+    np.testing.assert_allclose(samples.logp, out.logp, atol=1e-5)
+
+
+def test_where_few_samples_go_on_those_are_decoded_alone(model, run, monkeypatch):
+    """Of eight samples of a group at most two go on after the first stage; every one is as it would be anyway."""
+    module = importlib.import_module("model_port.generate")
+    config = dataclasses.replace(CONFIG, eos_token_ids=tuple(range(0, 128, 4)), pad_token_id=1)
+    other = build_model(config, dict(split_model(model)[1]))
+    keys = row_keys(jax.random.key(0), num_prompts=P, num_samples=8)
+    arrays = jax.tree.map(jnp.asarray, run.batch), jnp.asarray(run.encode()), keys
+    found = {}
+    for few, shapes in ((9, [(P, 8)]), (4, [(P, 8), (P, 2)])):
+        monkeypatch.setattr(module, "FEW", few)
+        seen, plain = set(), module.sample
+
+        def counted(keys, *args, plain=plain, seen=seen, **options):
+            jax.debug.callback(lambda shape=keys.shape: seen.add(shape))
+            return plain(keys, *args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "sample", counted)
+            decode = jax.jit(partial(sample_completions, other, num_tokens=40, temperature=1.0, unrolled=True))
+            found[few] = jax.device_get(decode(*arrays))
+            jax.effects_barrier()
+        assert sorted(seen, reverse=True) == shapes
+    lengths = found[4].mask.sum(-1)
+    assert lengths.max() > 12 and len(set(lengths.reshape(-1).tolist())) > 5
+    np.testing.assert_array_equal(found[4].tokens, found[9].tokens)
+    np.testing.assert_array_equal(found[4].mask, found[9].mask)
+    np.testing.assert_allclose(found[4].logp, found[9].logp, atol=1e-5)
 
 
 @pytest.mark.parametrize(
