@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks.workload import Size, Workload, reshaped, run_config, word
+from benchmarks.workload import Size, Workload, length_limits, reshaped, run_config, word
 from jgrpo.config import GRPOConfig
 from jgrpo.groups import GroupSampler
 from jgrpo.options import CheckpointOptions, DataOptions
@@ -73,6 +73,10 @@ def _sampler(size: Size) -> type[GroupSampler]:
         return GroupSampler
 
     class Reshaping(GroupSampler):
+        def __init__(self, run, pool, config):
+            super().__init__(run, pool, config)
+            self._sampling |= length_limits(size, run.policy.mesh)
+
         def _start(self, batch, encoded, round):
             (out,) = super()._start(batch, encoded, round)
             return [reshaped(out, size, self._run.policy.processor.pad_id)]

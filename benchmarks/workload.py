@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -119,12 +120,17 @@ def completion_shapes(size: Size) -> tuple[Int[np.ndarray, "P G"], Int[np.ndarra
     return lengths, shared
 
 
-def reshaped(out: Completions, size: Size, pad_id: int) -> Completions:
-    """Cut sampled completions to the lengths of `completion_shapes`, with its share of the longest one's tokens.
+def length_limits(size: Size, mesh: Mesh) -> dict[str, jax.Array]:
+    """Return the option of a rollout that ends completions at their lengths; none where all have T tokens."""
+    return {} if size.mean_length is None else {"limits": place(completion_shapes(size)[0].astype(np.int32), mesh)}
 
-    On devices or the host, as they are. Where one of them is at the limit it changes nothing of what sampling costs.
+
+def reshaped(out: Completions, size: Size, pad_id: int) -> Completions:
+    """Give sampled completions the share of the longest one's tokens that `completion_shapes` says.
+
+    On devices or the host, as they are.
     """
-    if size.mean_length is None and size.sharing == 1:
+    if size.sharing == 1:
         return out
     lengths, shared = completion_shapes(size)
     place = np.arange(size.new_tokens)
@@ -248,8 +254,8 @@ class Workload:
         """Run the encoder over the clips."""
         return self.run.programs.encode(self.state.params, self.frozen, self.batch)
 
-    def rollout(self, num_tokens: int | None = None) -> Completions:
-        """Sample all groups, as at the first step of a run."""
+    def rollout(self, num_tokens: int | None = None, **limits: jax.Array) -> Completions:
+        """Sample all groups, as at the first step of a run, each completion with T tokens if no `limits` are given."""
         config, programs = self.run.config, self.run.programs
         keys = step_keys(0, 0, num_prompts=self.size.prompts, num_samples=self.size.samples)
         weights = programs.layout(self.state.params, self.frozen)
@@ -261,11 +267,13 @@ class Workload:
             num_tokens=num_tokens or self.size.new_tokens,
             temperature=config.grpo.temperature,
             **truncation(config.grpo),
+            **limits,
         )
 
     def completions(self) -> Completions:
         """Return sampled completions of the lengths of the size, as host arrays."""
-        return jax.device_get(reshaped(self.rollout(), self.size, self.run.model.pad_token_id))
+        out = self.rollout(**length_limits(self.size, self.run.mesh))
+        return jax.device_get(reshaped(out, self.size, self.run.model.pad_token_id))
 
     def trees(self, completions: Completions, *, layout: Layout | None = None, share: bool = True) -> Trees:
         """Return completions on the host as prefix trees on the mesh.

@@ -1,12 +1,13 @@
 """Sampling completions: the prompt is encoded and prefilled once, then G samples decode over its keys and values."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from model_port.batch import Batch, Completions
 from model_port.decoder import grow_cache, thin_cache, unrolled_on
@@ -90,6 +91,7 @@ def sample_completions(
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
+    limits: Int[Array, "P G"] | None = None,
     stationary: bool = False,
     unrolled: bool = False,
     cache_dtype: Any = None,
@@ -99,6 +101,7 @@ def sample_completions(
     Draw t of a row uses fold_in(its key, t): it depends on neither the batch, the mesh nor the other samples.
 
     Args:
+        limits: tokens of each sample at most, where that is less than T.
         stationary: whether the weights stay split over fsdp while tokens are decoded (model_port.partition).
         unrolled: whether the decoder's layers are unstacked (Decoder.decoding); compile time then grows with depth.
         cache_dtype: of the keys and values of prompts and completions; by default that of the model.
@@ -107,53 +110,66 @@ def sample_completions(
     hidden, prefix = model.decoder.prefill(model.embed_prompts(batch, encoded), batch.mask, use_lora=use_lora)
     first = model.policy_logits(last_hidden(hidden, batch.mask))[:, None]
     num_prompts, num_samples = keys.shape
-    eos = jnp.asarray(model.config.eos_token_ids, jnp.int32)
-    pad = jnp.int32(model.config.pad_token_id)
+    eos, pad = jnp.asarray(model.config.eos_token_ids, jnp.int32), jnp.int32(model.config.pad_token_id)
+    limits = jnp.full((num_prompts, num_samples), num_tokens) if limits is None else limits
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
 
     def draw(keys, logits, t):
         return sample(fold(keys, t), logits, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
 
-    def write(out: Completions, t, token, logp, running):
+    def write(limits, out: Completions, t, token, logp, running):
         parts = {"tokens": jnp.where(running, token, pad), "mask": running, "logp": jnp.where(running, logp, 0.0)}
         put = {
             name: jax.lax.dynamic_update_slice_in_dim(getattr(out, name), part[:, :, None], t, axis=2)
             for name, part in parts.items()
         }
-        running = running & (token[:, :, None] != eos[None, None, :]).all(-1)
+        running = running & (token[:, :, None] != eos[None, None, :]).all(-1) & (t + 1 < limits)
         return Completions(**put), parts["tokens"], running
 
-    def more_than(few, running):
-        return running.sum(1).max() > few
-
-    def keep_going(stop, few, state):
-        t, _, running, _, _ = state
-        return (t < stop) & more_than(few, running)
-
-    def decode(keys, state):
+    def decode(keys, limits, state):
         t, token, running, cache, out = state
         with stationary_weights(stationary):
             x = model.embed_completions(token)
             hidden, cache = model.decoder.step(x, layers, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
             logits = model.policy_logits(hidden)
         token, logp = draw(keys, logits, t)
-        out, token, running = write(out, t, token, logp, running)
+        out, token, running = write(limits, out, t, token, logp, running)
         return t + 1, token, running, cache, out
 
     shape = (num_prompts, num_samples, num_tokens)
     out = Completions(tokens=jnp.full(shape, pad), mask=jnp.zeros(shape, bool), logp=jnp.zeros(shape, jnp.float32))
     token, logp = draw(keys, jnp.broadcast_to(first, (num_prompts, num_samples, first.shape[-1])), 0)
-    out, token, running = write(out, 0, token, logp, jnp.ones((num_prompts, num_samples), bool))
+    out, token, running = write(limits, out, 0, token, logp, jnp.ones((num_prompts, num_samples), bool))
     sizes = cache_sizes(num_tokens, unrolled=unrolled)
     layers, prefix, cache = model.decoder.decoding(
         prefix, num_samples=num_samples, num_tokens=sizes[0], dtype=cache_dtype or model.dtype, unrolled=unrolled
     )
+    state = (jnp.int32(1), token, running, cache, out)
+    return _in_stages(decode, (keys, limits), state, sizes, few=num_samples // FEW if len(sizes) > 1 else 0)
 
-    few = num_samples // FEW if len(sizes) > 1 else 0
+
+def _in_stages(decode: Callable, of_samples: tuple, state: tuple, sizes: list[int], *, few: int) -> Completions:
+    """Decode until all samples have ended or T tokens stand; return the completions.
+
+    In stages, for each of which the cache grows to one of `sizes` slots; one that no sample reaches is never made.
+    Where at most `few` samples of any group go on, all others are left out, whose tokens would cost as much.
+
+    Args:
+        decode: (*of_samples, state) to the state with a token more.
+        of_samples: [P, G] each.
+        state: (tokens so far, last tokens, whether a sample goes on, cache, completions).
+    """
+    num_tokens = state[-1].tokens.shape[2]
     take = jax.vmap(lambda values, chosen: values[chosen])
 
+    def more_than(few, running):
+        return running.sum(1).max() > few
+
+    def going(stop, few, state):
+        return (state[0] < stop) & more_than(few, state[2])
+
     def thin(state):
-        """Leave all but a few samples of each group out, those that go on first; return which, and their state."""
+        """Return which samples of each group are the few, all completions, and the state of these samples alone."""
         t, token, running, cache, out = state
         if not few:
             return out
@@ -161,20 +177,21 @@ def sample_completions(
         token, running, own = jax.tree.map(lambda values: take(values, rows), (token, running, out))
         return rows, out, (t, token, running, grow_cache(thin_cache(cache, rows), sizes[-1]), own)
 
-    def decode_with(sizes: list[int], state):
-        """Decode through the stages of the cache while many samples go on; one that they do not reach is never made."""
+    def through(sizes, state):
         *others, cache, out = state
-        going = partial(keep_going, min(sizes[0] + 1, num_tokens), few)
-        state = jax.lax.while_loop(going, partial(decode, keys), (*others, grow_cache(cache, sizes[0]), out))
+        state = (*others, grow_cache(cache, sizes[0]), out)
+        until = partial(going, min(sizes[0] + 1, num_tokens), few)
+        state = jax.lax.while_loop(until, partial(decode, *of_samples), state)
         if len(sizes) == 1:
             return thin(state)
-        return jax.lax.cond(more_than(few, state[2]), partial(decode_with, sizes[1:]), thin, state)
+        return jax.lax.cond(more_than(few, state[2]), partial(through, sizes[1:]), thin, state)
 
-    found = decode_with(sizes, (jnp.int32(1), token, running, cache, out))
+    found = through(sizes, state)
     if not few:
         return found
     rows, out, state = found
-    state = jax.lax.while_loop(partial(keep_going, num_tokens, 0), partial(decode, take(keys, rows)), state)
+    own = [take(values, rows) for values in of_samples]
+    state = jax.lax.while_loop(partial(going, num_tokens, 0), partial(decode, *own), state)
     put = jax.vmap(lambda values, chosen, new: values.at[chosen].set(new))
     return jax.tree.map(lambda values, new: put(values, rows, new), out, state[-1])
 

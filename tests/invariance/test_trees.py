@@ -1,6 +1,7 @@
 """A group's prompt and what its completions have in common are computed once; it learns what separate sequences would.
 
-The reference runs every completion after a prompt of its own, in full, and shares nothing.
+The reference runs every completion after a prompt of its own, in full, and shares nothing. One more loss on one more
+mesh: `python -m pytest -m slow tests/invariance/test_trees.py`.
 """
 
 import jax
@@ -86,7 +87,12 @@ MIXED = {"loss_type": "grpo", "mixed_policy": True, "off_policy_shaping": 0.1, "
         (grpo(), (1, 20), {}),
         (grpo(**TRUNCATED), (1, 32), {"mesh": (2, 2, 2), "remat": "full"}),
         (grpo(loss_type="bnpo"), (6, 5), {"mesh": (1, 4, 2), "micro_batches": 2}),
-        (grpo(loss_type="cispo", epsilon_high=2.0, kl="k2"), (3, 8), {"mesh": (8, 1, 1), "logprob_chunk": 24}),
+        pytest.param(
+            grpo(loss_type="cispo", epsilon_high=2.0, kl="k2"),
+            (3, 8),
+            {"mesh": (8, 1, 1), "logprob_chunk": 24},
+            marks=pytest.mark.slow,
+        ),
         (grpo(**MIXED), (2, 12), {"trainable": (*TRAINABLE, "encoder"), "remat": "dots", "micro_batches": 4}),
     ],
     ids=["dapo", "truncated", "bnpo", "cispo", "mixed"],
