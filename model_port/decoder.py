@@ -5,6 +5,7 @@ A prompt's keys and values exist once, however many completions follow it. Sourc
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -36,6 +37,8 @@ Cache = (
     tuple[Float[Array, "n P G K T h"], Float[Array, "n P G K T h"]]
     | list[tuple[Float[Array, "P G K T h"], Float[Array, "P G K T h"]]]
 )
+# From so many slots on, the first half of a tree's queries does without the keys of the second, which it cannot see.
+HALVED = 96
 
 
 def unrolled_on(platform: str) -> bool:
@@ -208,13 +211,17 @@ class Decoder(nnx.Module):
         positions = (mask.sum(-1, dtype=jnp.int32)[:, None, None] + depths).reshape(p, f * m)
         prompt_positions = jnp.broadcast_to(jnp.arange(length)[None], (p, length))
         tables = self._tables(jnp.concatenate([prompt_positions, positions], axis=1))
+        bounds = (0, m // 2, m) if m >= HALVED else (0, m)
 
         def look(q, k, v):
             prompt = [part[:, :length] for part in (q, k, v)]
             own = [part[:, length:].reshape(p, f, m, *part.shape[2:]) for part in (q, k, v)]
             shared = Part(prompt[1], prompt[2], mask[:, None, None])
-            out = self._attend(own[0], Part(own[1], own[2], visible), shared)
-            out = out.reshape(p, f * m, *out.shape[3:])
+            out = []
+            for first, end in pairwise(bounds):
+                seen = Part(own[1][:, :, :end], own[2][:, :, :end], visible[:, :, first:end, :end])
+                out.append(self._attend(own[0][:, :, first:end], seen, shared))
+            out = jnp.concatenate(out, axis=2).reshape(p, f * m, *q.shape[2:])
             return jnp.concatenate([self._prompt_attention(*prompt, mask), out], axis=1), None
 
         stream = constrain(jnp.concatenate([x, nodes.reshape(p, f * m, -1)], axis=1))
