@@ -14,9 +14,8 @@ import soundfile
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.workload import Size, Workload, length_limits, reshaped, run_config, word
-from jgrpo.config import GRPOConfig
-from jgrpo.groups import GroupSampler
-from jgrpo.options import CheckpointOptions, DataOptions
+from jgrpo.config import CheckpointOptions, DataOptions, GRPOConfig
+from jgrpo.rollout.groups import GroupSampler
 from jgrpo.train_grpo import train_grpo
 from model_port.features import SAMPLE_RATE
 

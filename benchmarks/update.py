@@ -25,8 +25,8 @@ from jgrpo.core.tree import Layout, sort_rows
 from jgrpo.planning.arrays import LONGEST
 from jgrpo.planning.cost import program_cost
 from jgrpo.planning.measure import compile_call
+from jgrpo.programs.steps import Targets
 from jgrpo.runtime.rows import place
-from jgrpo.steps import Targets
 from model_port.batch import Completions, Trees
 
 OPTIONS = {

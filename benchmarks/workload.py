@@ -20,14 +20,13 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from demo.base_model import CONFIG as DEMO
-from jgrpo.config import GRPOConfig
+from jgrpo.config import DataOptions, GRPOConfig, GRPOOptions, ModelOptions
 from jgrpo.core.tree import Layout, holds, layouts, pack, smallest, sort_rows
-from jgrpo.options import DataOptions, GRPOOptions, ModelOptions
 from jgrpo.planning.arrays import LONGEST, Clip, run_arrays
 from jgrpo.planning.programs import AbstractRun, Call, abstract_run, calls
-from jgrpo.rollout import step_keys
+from jgrpo.programs.steps import Targets, truncation
+from jgrpo.rollout.scoring import step_keys
 from jgrpo.runtime.rows import place
-from jgrpo.steps import Targets, truncation
 from model_port.batch import Batch, Completions, Trees
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError

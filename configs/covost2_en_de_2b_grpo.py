@@ -28,11 +28,11 @@ Devices:   one by default. --mesh.fsdp 2 splits parameters and prompts over two;
 Length:    one epoch: 220,000 examples [P]; 220,000 / 6 prompts = 36,667 steps.
 Metrics:   download bert-base-multilingual-cased to models/, or leave BERTScore out:
            --eval.metrics bleu rouge1 rouge2 rougeL meteor
-Values and their sources: jgrpo/recipes.py.
+Values and their sources: jgrpo/paper/recipes.py.
 """
 
 from jgrpo.config import GRPOConfig
-from jgrpo.recipes import grpo_run
+from jgrpo.paper.recipes import grpo_run
 
 
 def get_config() -> GRPOConfig:

@@ -18,11 +18,11 @@ Devices:   one by default; --mesh.fsdp 2, 4 or 8 splits parameters and prompts.
 Length:    one epoch: 220,000 examples [P]; 220,000 / 32 prompts = 6,875 steps.
 Metrics:   download bert-base-multilingual-cased to models/, or leave BERTScore out:
            --eval.metrics bleu rouge1 rouge2 rougeL meteor
-Values and their sources: jgrpo/recipes.py.
+Values and their sources: jgrpo/paper/recipes.py.
 """
 
 from jgrpo.config import SFTConfig
-from jgrpo.recipes import sft_run
+from jgrpo.paper.recipes import sft_run
 
 
 def get_config() -> SFTConfig:

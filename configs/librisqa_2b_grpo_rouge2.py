@@ -20,11 +20,11 @@ Length:    one epoch: 107,000 pairs less 20 % for validation [P] = 85,600; 85,60
 Metrics:   download roberta-large to models/, or leave BERTScore out: --eval.metrics bleu rouge1 rouge2 rougeL meteor
 Choice:    as in every run, BLEU on the validation set chooses the policy that is tested; the paper does not say which
            metric did. --eval.metrics rouge2 ... puts another one first.
-Values and their sources: jgrpo/recipes.py.
+Values and their sources: jgrpo/paper/recipes.py.
 """
 
 from jgrpo.config import GRPOConfig
-from jgrpo.recipes import grpo_run
+from jgrpo.paper.recipes import grpo_run
 
 
 def get_config() -> GRPOConfig:

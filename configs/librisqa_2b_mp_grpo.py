@@ -22,11 +22,11 @@ Devices:   one by default. --mesh.fsdp 2 splits parameters and prompts over two;
            devices, so take --mesh.fsdp 4 --prompts-per-step 8 --num-steps 10700 there (64 completions a step).
 Length:    one epoch: 107,000 pairs less 20 % for validation [P] = 85,600; 85,600 / 6 prompts = 14,267 steps.
 Metrics:   download roberta-large to models/, or leave BERTScore out: --eval.metrics bleu rouge1 rouge2 rougeL meteor
-Values and their sources: jgrpo/recipes.py.
+Values and their sources: jgrpo/paper/recipes.py.
 """
 
 from jgrpo.config import GRPOConfig
-from jgrpo.recipes import grpo_run
+from jgrpo.paper.recipes import grpo_run
 
 
 def get_config() -> GRPOConfig:

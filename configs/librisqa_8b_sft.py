@@ -17,11 +17,11 @@ Hardware:  the paper's was 4 H100, and SFT cost "far lower" than GRPO; hours not
 Devices:   one by default; --mesh.fsdp 2, 4 or 8 splits parameters and prompts.
 Length:    one epoch: 107,000 pairs less 20 % for validation [P] = 85,600; 85,600 / 32 prompts = 2,675 steps.
 Metrics:   download roberta-large to models/, or leave BERTScore out: --eval.metrics bleu rouge1 rouge2 rougeL meteor
-Values and their sources: jgrpo/recipes.py.
+Values and their sources: jgrpo/paper/recipes.py.
 """
 
 from jgrpo.config import SFTConfig
-from jgrpo.recipes import sft_run
+from jgrpo.paper.recipes import sft_run
 
 
 def get_config() -> SFTConfig:

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,33 +13,32 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jgrpo.config import ModelOptions, RunConfig
+from jgrpo.config.saved import check_same_run, save_config
 from jgrpo.data.fit import write_drops
 from jgrpo.data.pipeline import PromptData
 from jgrpo.data.run import describe, evaluation_data, training_data
-from jgrpo.encode import ClipEncoder
-from jgrpo.evaluate import Evaluation, Passes, check_metrics, evaluate, write_predictions
-from jgrpo.layout import choose_weights, decodes_unrolled
+from jgrpo.evaluation.evaluate import check_metrics
+from jgrpo.paper.tables import paper_row
+from jgrpo.programs.encode import ClipEncoder
+from jgrpo.programs.layout import choose_weights, decodes_unrolled
+from jgrpo.programs.steps import Objective, Programs, TrainState, make_programs
 from jgrpo.runtime.checkpoint import RunCheckpoints, saved_steps
 from jgrpo.runtime.compilations import Compilations
 from jgrpo.runtime.distributed import check_agreement
 from jgrpo.runtime.metrics import MetricsWriter
 from jgrpo.runtime.optimiser import make_optimiser
 from jgrpo.runtime.progress import Progress
-from jgrpo.runtime.replace import replaced
-from jgrpo.runtime.rows import own_rows, sum_over_rows
-from jgrpo.runtime.stop import Stopped, StopRequest
+from jgrpo.runtime.rows import own_rows
+from jgrpo.runtime.stop import StopRequest
 from jgrpo.runtime.timer import PhaseTimer
-from jgrpo.saved_config import check_same_run, save_config
-from jgrpo.steps import Objective, Programs, TrainState, make_programs, sft_objective
 from model_port.config import LoraConfig
 from model_port.errors import UserError
 from model_port.lora import add_lora
 from model_port.params import ModelDef, Params, select, split_model
 from model_port.partition import make_mesh, param_shardings
-from model_port.paths import as_path, resolved, write_whole
+from model_port.paths import as_path
 from model_port.processor import Processor
-from model_port.weights.convert import directory_kind, load_model, save_model
-from model_port.weights.orbax_files import MANIFEST
+from model_port.weights.convert import directory_kind, load_model
 from model_port.weights.side_files import read_config
 from model_port.weights.tree import abstract_model
 
@@ -101,6 +98,18 @@ class Run:
         with contextlib.ExitStack() as stack:
             for part in (self.stop, self.metrics, self.checkpoints, self.progress, self.compilations):
                 stack.callback(part.close)
+
+
+def check_config(config: RunConfig) -> None:
+    """Check what needs no file: the config, the paper's row it names, and that every process has the same.
+
+    Raises:
+        UserError: the first that is not so.
+    """
+    config.validate()
+    if config.paper is not None:
+        paper_row(config.paper)
+    check_agreement(config)
 
 
 def fresh_adapter(options: ModelOptions) -> LoraConfig:
@@ -198,8 +207,7 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
     Raises:
         UserError: whatever the user can mend, before any work on the device where that is possible.
     """
-    config.validate()
-    check_agreement(config)
+    check_config(config)
     make_optimiser(updates, **vars(config.optimiser))
     mesh = make_mesh(config.mesh)
     processor = Processor.from_pretrained(config.model.path)
@@ -269,131 +277,3 @@ def open_run_dir(config: RunConfig, directory: epath.Path) -> RunCheckpoints:
         return RunCheckpoints(directory / "checkpoints", keep=keep, save_every=every)
     except OSError as error:
         raise UserError(f"cannot write to the run directory {directory} ({error}); choose another --run-dir") from error
-
-
-def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> None:
-    """Count the step, evaluate where it is time, write its metrics, save, and stop if that is asked for.
-
-    A checkpoint is written while the next step is computed, and before that step counts it is complete: a run that is
-    killed at any moment, in a save too, loses at most `checkpoint.every` finished steps and the one in progress.
-
-    Raises:
-        UserError: more updates than allowed were skipped.
-        Stopped: SIGTERM came.
-    """
-    config = run.config
-    with run.timer("checkpoint"):
-        run.checkpoints.wait()
-    run.step += 1
-    if metrics["skipped"]:
-        run.skipped += round(metrics["skipped"])
-        run.progress.note(
-            f"step {run.step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}: not finite, so the update was "
-            f"skipped ({run.skipped} so far)"
-        )
-    last = run.step == config.num_steps
-    if run.validation is not None and (run.step % config.eval.every == 0 or last):
-        with run.timer("evaluate"):
-            found = validate(run)
-        metrics |= {f"eval/{name}": value for name, value in found.items()}
-        run.progress.note(f"step {run.step}: validation " + ", ".join(f"{name} {found[name]:.2f}" for name in found))
-    skipped = run.data.take_skipped()
-    for message in skipped:
-        run.progress.note(f"step {run.step}: {message}")
-    metrics["data/skipped_clips"] = sum_over_rows(len(skipped), run.policy.mesh)
-    metrics |= {f"seconds/{phase}": value for phase, value in run.timer.take().items()}
-    metrics["compilations"] = run.compilations.count
-    run.metrics.write(run.step, metrics)
-    run.progress.update(run.step, shown)
-    reason = why_stop(run, metrics)
-    force = last or reason is not None
-    host = {"skipped": run.skipped, "best": run.best, "data": {"next_index": run.step, "seed": config.seed}}
-    with run.timer("checkpoint"):
-        if run.checkpoints.is_due(run.step, force=force):
-            run.metrics.flush()  # first: a run that goes on from a checkpoint goes on from metrics that reach up to it
-        run.checkpoints.save(run.step, run.state, host, force=force)
-    if reason is not None:
-        raise reason
-
-
-def why_stop(run: Run, metrics: dict[str, Any]) -> Exception | None:
-    """Return what ends the run before its last step, if anything does."""
-    config = run.config
-    if metrics["skipped"] and run.skipped > config.max_skipped_updates:
-        return UserError(
-            f"step {run.step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}; {run.skipped} updates were "
-            f"skipped for a non-finite loss or gradient and max_skipped_updates is {config.max_skipped_updates}; "
-            "start again in another --run-dir with a lower --optimiser.learning-rate"
-        )
-    if run.stop.asked() and run.step < config.num_steps:
-        return Stopped(f"stopped after step {run.step}, which is saved; the same command goes on from there")
-    return None
-
-
-def validate(run: Run) -> dict[str, float]:
-    """Evaluate on the validation set and keep the policy if it is the best so far; return every metric's mean.
-
-    The first metric decides. Where a run goes on with another one, the search for its best policy starts anew.
-    """
-    result = evaluate_policy(run, run.validation, Passes.validation(run.config.eval))
-    means = {name: result.mean(name) for name in run.config.eval.metrics}
-    metric, value = next(iter(means.items()))
-    best = run.best if run.best is not None and run.best.get("metric") == metric else None
-    if best is None or (value < best["value"] if result.lower_is_better(metric) else value > best["value"]):
-        run.best = {"step": run.step, "metric": metric, "value": value}
-        save_policy(run)
-    return means
-
-
-def evaluate_policy(run: Run, data: PromptData, passes: Passes) -> Evaluation:
-    """Evaluate the policy in training."""
-    policy, arrays = run.policy, (run.state.params, run.policy.frozen)
-    settings = {"mesh": policy.mesh, "config": run.config, "passes": passes}
-    return evaluate(run.programs, run.encode, *arrays, data, policy.processor, **settings)
-
-
-def save_policy(run: Run) -> None:
-    """Write the trained parameters as a model directory, `policy/`, that names its base."""
-    policy, options = run.policy, run.config.model
-    trained = {name: value.astype(policy.trained[name].dtype) for name, value in run.state.params.items()}
-    lora = "merge" if options.lora == "fresh" else options.lora
-    # A run that is killed in the middle may have no policy/, but writes it again when it goes on.
-    with replaced(run.directory / "policy", mark=MANIFEST) as directory:
-        save_model(
-            policy.definition.bind(policy.frozen, trained),
-            directory,
-            source_dir=options.path,
-            base=resolved(options.path),
-            base_lora=lora,
-            only=tuple(trained),
-        )
-
-
-def finish_run(run: Run) -> None:
-    """Save the last policy, unless the best one on the validation set is there."""
-    if run.validation is None:
-        save_policy(run)
-
-
-def evaluate_model(config: RunConfig, paths: dict[str, str], *, out: str | os.PathLike) -> dict[str, Any]:
-    """Evaluate `config.model` on data sets by name; write predictions and results.json under `out`; return those."""
-    out = as_path(out)
-    config.validate()
-    check_agreement(config)
-    check_metrics(config)
-    processor = Processor.from_pretrained(config.model.path)
-    rows = own_rows(make_mesh(config.mesh), config.eval.batch_size)
-    sets = {name: evaluation_data(config, path, processor, rows=rows) for name, path in paths.items()}
-    policy = load_policy(config, processor)
-    programs = policy_programs(policy, sft_objective(), updates=1)
-    encode = ClipEncoder(programs, policy.frozen, policy.mesh)
-    arrays = (policy.trained, policy.frozen)
-    settings = {"mesh": policy.mesh, "config": config, "passes": Passes.final(config.eval)}
-    results = {}
-    for name, data in sets.items():
-        result = evaluate(programs, encode, *arrays, data, processor, **settings)
-        write_predictions(result, out / f"{name}.jsonl")
-        results[name] = result.summary()
-    if jax.process_index() == 0:
-        write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
-    return results

@@ -2,9 +2,9 @@
 
     audio -> encode -> rollout -> text -> reward -> advantage -> update
 
-`encode`, `rollout`, `score` and `update` are programs on the device (jgrpo.steps); between rollout and update the host
-turns tokens into text, text into rewards and rewards into advantages (jgrpo.groups, jgrpo.rollout). What follows from
-the config is built in jgrpo.setup. Source: arXiv 2509.16990.
+`encode`, `rollout`, `score` and `update` are programs on the device (jgrpo.programs); between rollout and update the
+host turns tokens into text, text into rewards and rewards into advantages (jgrpo.rollout). What follows from the config
+is built in jgrpo.setup, and what the end of a step does is in jgrpo.loop. Source: arXiv 2509.16990.
 """
 
 import time
@@ -12,12 +12,14 @@ import time
 import jax
 
 from jgrpo.config import GRPOConfig
-from jgrpo.groups import GroupSampler, step_metrics, write_completions
+from jgrpo.loop import finish_run, finish_step
+from jgrpo.programs.steps import Targets, apply_updates, grpo_objective
 from jgrpo.rewards import RewardPool
-from jgrpo.rollout import advantages, learnt_tokens, pack_completions, reference_rows
+from jgrpo.rollout.groups import GroupSampler
+from jgrpo.rollout.metrics import step_metrics, write_completions
+from jgrpo.rollout.scoring import advantages, learnt_tokens, pack_completions, reference_rows
 from jgrpo.runtime.rows import place
-from jgrpo.setup import Run, finish_run, finish_step, start_run
-from jgrpo.steps import Targets, apply_updates, grpo_objective
+from jgrpo.setup import Run, start_run
 
 
 def train_grpo(config: GRPOConfig, *, sampler: type[GroupSampler] = GroupSampler) -> Run:
@@ -56,7 +58,7 @@ def train_grpo(config: GRPOConfig, *, sampler: type[GroupSampler] = GroupSampler
             with timer("score"):
                 jax.block_until_ready(ref_logp)
             with timer("reward_wait"):
-                scores = groups.scores()
+                scores = sample_groups.gather_scores(groups)
 
             # 3. Push up what did better than its group, and the rest down.
             values, own = advantages(scores.rewards, grpo.advantage_scale), groups.rows

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 
 from jgrpo.config import SFTConfig
-from jgrpo.rollout import pack_completions
+from jgrpo.loop import finish_run, finish_step
+from jgrpo.programs.steps import Targets, apply_updates, sft_objective
+from jgrpo.rollout.scoring import pack_completions
 from jgrpo.runtime.rows import gather, place
-from jgrpo.setup import Run, finish_run, finish_step, start_run
-from jgrpo.steps import Targets, apply_updates, sft_objective
+from jgrpo.setup import Run, start_run
 from model_port.batch import Trees
 
 

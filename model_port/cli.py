@@ -1,13 +1,18 @@
-"""model-port: convert, check and look at Granite Speech weights in Hugging Face and Orbax directories."""
+"""model-port: convert, check, look at and ask Granite Speech models in Hugging Face and Orbax directories."""
 
 import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 from tqdm import tqdm
 
+from model_port.beam import beam_search, check_beams
 from model_port.errors import UserError
+from model_port.generate import check_sampling, generate
+from model_port.libraries import keep_compiled
+from model_port.processor import Processor
 from model_port.weights import convert
 from model_port.weights.inspection import inspect
 from model_port.weights.stages import PROMPT
@@ -64,6 +69,24 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="what a model directory is, from headers alone")
     command.add_argument("path", metavar="PATH", help="Hugging Face or Orbax model directory, or an adapter")
     command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("generate", help="ask a model about audio files", allow_abbrev=False)
+    command.add_argument("model", metavar="MODEL", help="Hugging Face or Orbax model directory")
+    command.add_argument(
+        "--audio", metavar="FILE", nargs="+", required=True, help="one for each <|audio|> (wav, flac, mp3, ogg, opus)"
+    )
+    command.add_argument(
+        "--prompt", metavar="TEXT", required=True, help="user message, with <|audio|> where a clip is heard"
+    )
+    command.add_argument("--system", metavar="TEXT", help="system message (default: none)")
+    command.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers (default: %(default)s)")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
+    command.add_argument("--top-p", type=float, default=1.0, metavar="X", help="the most probable tokens of this mass")
+    command.add_argument("--beams", type=int, default=0, metavar="N", help="width of a beam search, for one answer")
+    command.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="of an answer (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+    command.add_argument("--dtype", choices=convert.DTYPES, default="float32", help="of parameters and computation")
+    command.set_defaults(run=_generate)
     return parser
 
 
@@ -103,6 +126,27 @@ def _inspect(arguments: argparse.Namespace) -> int:
     found = inspect(arguments.path)
     print(found.text())
     return 0 if found.sound else 1
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    sampling = {name: getattr(arguments, name) for name in ("num_samples", "max_new_tokens", "temperature", "top_p")}
+    check_sampling(**sampling)
+    search = {"num_beams": arguments.beams, "max_new_tokens": arguments.max_new_tokens}
+    if arguments.beams:
+        check_beams(**search)
+        if arguments.num_samples > 1 or arguments.temperature > 0:
+            raise UserError("beam search gives one answer and draws nothing: leave --num-samples and --temperature out")
+    keep_compiled()
+    processor = Processor.from_pretrained(arguments.model)
+    batch = processor(audio=arguments.audio, prompts=[arguments.prompt], system=arguments.system)
+    model = convert.load_model(arguments.model, dtype=arguments.dtype)
+    if arguments.beams:
+        out = beam_search(model, batch, **search)
+    else:
+        out = generate(model, batch, key=jax.random.key(arguments.seed), **sampling)
+    for text in processor.decode(out)[0]:
+        print(text.strip())
+    return 0
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftConfig
 from safetensors.torch import save_file
 
 from model_port.config import GraniteSpeechConfig
-from model_port.silence import quiet
+from model_port.libraries import quiet
 
 CLASSES = {
     "granite_speech": (transformers.GraniteSpeechConfig, transformers.GraniteSpeechForConditionalGeneration),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jgrpo.data.pipeline import PromptBatch, PromptData
-from jgrpo.encode import ClipEncoder
+from jgrpo.programs.encode import ClipEncoder
+from jgrpo.programs.steps import Programs
 from jgrpo.runtime.rows import place
-from jgrpo.steps import Programs
 from model_port.batch import Batch
 from model_port.partition import MeshConfig, make_mesh
 

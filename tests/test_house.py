@@ -36,7 +36,7 @@ def test_import_rules_notice(tmp_path, module, line, broken):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for name in ("jgrpo/core/losses.py", "jgrpo/runtime/metrics.py", "jgrpo/rewards/bleu.py", "model_port/config.py"):
         write_module(tmp_path / name)
-    for name in ("jgrpo/config.py", "jgrpo/setup.py", "model_port/weights/convert.py", "model_port/processor.py"):
+    for name in ("jgrpo/config/run.py", "jgrpo/setup.py", "model_port/weights/convert.py", "model_port/processor.py"):
         write_module(tmp_path / name)
     (tmp_path / module).write_text(line + "\n")
     status, output = lint_imports(tmp_path)

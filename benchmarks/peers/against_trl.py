@@ -35,10 +35,10 @@ from benchmarks.peers.exchange import (
     torch_settings,
 )
 from benchmarks.workload import Size, Workload, completion_shapes
-from jgrpo.options import OptimiserOptions
-from jgrpo.rollout import advantages
+from jgrpo.config import OptimiserOptions
+from jgrpo.programs.steps import Targets
+from jgrpo.rollout.scoring import advantages
 from jgrpo.runtime.rows import place
-from jgrpo.steps import Targets
 from model_port.batch import Completions
 from model_port.errors import UserError
 from model_port.params import Params

@@ -22,7 +22,7 @@ from benchmarks.peers.conversation import Peer
 from benchmarks.peers.exchange import add_arguments, full_logprobs, judge, run, start, timing_rows
 from benchmarks.peers.text import TextWorkload
 from benchmarks.workload import Size
-from jgrpo.steps import Targets
+from jgrpo.programs.steps import Targets
 from model_port.errors import UserError
 
 TARGETS = {"rollout": 1.0, "update": 1.5}

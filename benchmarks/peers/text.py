@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.workload import UNLIMITED, Size, Workload, model_config, random_params, run_config
-from jgrpo.options import OptimiserOptions
+from jgrpo.config import OptimiserOptions
 from jgrpo.planning.arrays import run_arrays
 from jgrpo.planning.programs import abstract_run
 from jgrpo.runtime.rows import place

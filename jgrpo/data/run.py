@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jgrpo.config import RunConfig
+from jgrpo.config import DataOptions, RunConfig
 from jgrpo.data.examples import Examples
 from jgrpo.data.fit import FRAME_SECONDS, summary
 from jgrpo.data.mixture import Source
 from jgrpo.data.pipeline import PromptData
 from jgrpo.data.sources import read_examples, source_name
-from jgrpo.options import DataOptions
 from model_port.errors import UserError
 from model_port.processor import Processor
 

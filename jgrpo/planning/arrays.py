@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jgrpo.config import GRPOConfig, RunConfig
 from jgrpo.core.tree import Layout, layouts
+from jgrpo.programs.steps import TrainState
 from jgrpo.runtime.optimiser import make_optimiser
 from jgrpo.setup import fresh_adapter
-from jgrpo.steps import TrainState
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.features import SAMPLE_RATE, num_frames

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from jgrpo.core.tree import Layout
-from jgrpo.layout import choose_weights, decodes_unrolled, rollout_dtype
 from jgrpo.planning.arrays import (
     LONGEST,
     Arrays,
@@ -26,7 +25,8 @@ from jgrpo.planning.arrays import (
     shardings_of,
     update_flops,
 )
-from jgrpo.steps import Programs, Targets, grpo_objective, make_programs, sft_objective, truncation
+from jgrpo.programs.layout import choose_weights, decodes_unrolled, rollout_dtype
+from jgrpo.programs.steps import Programs, Targets, grpo_objective, make_programs, sft_objective, truncation
 from model_port.batch import Batch, Trees
 from model_port.generate import cache_sizes
 from model_port.partition import ROLLOUT, batch_sharding
@@ -148,7 +148,7 @@ def _training_calls(run: AbstractRun, clip: Clip, expected: Layout) -> list[Call
 
 
 def _validation_calls(run: AbstractRun, clip: Clip) -> list[Call]:
-    """What jgrpo.evaluate calls for a batch while a run trains."""
+    """What jgrpo.evaluation.evaluate calls for a batch while a run trains."""
     config, options = run.config, run.config.eval
     sampled = {"temperature": options.temperature, "top_p": options.top_p} if options.validation_seeds else GREEDY
     settings = {"num_tokens": config.max_completion_tokens, **sampled}
@@ -167,7 +167,7 @@ def _encode(run: AbstractRun, clip: Clip, name: str, prompts: int, *, times: int
 
 
 def _layout(run: AbstractRun) -> list[Call]:
-    """What jgrpo.layout moves once per rollout, one by one: the parameters that lie otherwise for decoding."""
+    """What jgrpo.programs.layout moves once per rollout, one by one: the parameters that lie otherwise for decoding."""
     before, after = {**run.state.params, **run.frozen}, {**run.decoding[0], **run.decoding[1]}
     moved = {name: leaf for name, leaf in after.items() if leaf is not before[name]}
     if not moved:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from sacrebleu.metrics import BLEU
 
-from jgrpo.checks import check_types
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
+from jgrpo.config.checks import check_types
 from model_port.errors import UserError
 
 # 13a, exponential smoothing, cased: the paper states no variant, and this is sacrebleu's own default.

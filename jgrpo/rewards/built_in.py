@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
 from jgrpo.rewards.bleu import SentenceBleu
 from jgrpo.rewards.chrf import SentenceChrf
 from jgrpo.rewards.exact import exact_match

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
 from jgrpo.rewards.bleu import DEFAULT_OPTIONS, corpus_bleu
 from jgrpo.rewards.built_in import BUILT_IN
 from jgrpo.rewards.chrf import corpus_chrf

@@ -10,11 +10,11 @@ from concurrent.futures.process import BrokenProcessPool
 import jax
 import numpy as np
 
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
 from jgrpo.rewards.bleu import DEFAULT_OPTIONS
 from jgrpo.rewards.built_in import ON_DEVICE
 from jgrpo.rewards.reward import Examples, Reward, SourceRewards, make_reward
-from jgrpo.worker import start_worker
+from jgrpo.runtime.worker import start_worker
 from model_port.errors import UserError
 
 

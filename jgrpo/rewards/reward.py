@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jgrpo.checks import check_types
+from jgrpo.config import MetricOptions
+from jgrpo.config.checks import check_types
 from jgrpo.core.advantages import group_advantages
-from jgrpo.options import MetricOptions
 from jgrpo.rewards.bleu import DEFAULT_OPTIONS
 from jgrpo.rewards.built_in import BUILT_IN, Component
 from model_port.errors import UserError

@@ -9,7 +9,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
 
 logger = logging.getLogger(__name__)
 

@@ -1,24 +1,12 @@
-"""What XLA compiles for a run: kept on disk for the next one, and counted."""
+"""What XLA compiles for a run, counted."""
 
-import os
 from typing import Any
 
 import jax
 
-# As jgrpo.steps calls them; what else is compiled is small, and does not depend on the data.
+# As jgrpo.programs.steps calls them; what else is compiled is small, and does not depend on the data.
 PROGRAMS = ("encode", "rollout", "beam", "score", "update")
 ASKED = "/jax/core/compile/backend_compile_duration"
-
-
-def keep_compiled() -> None:
-    """Let later runs take their programs from disk.
-
-    From the directory that JAX_COMPILATION_CACHE_DIR names, or jgrpo/compiled in the user's cache directory, which is
-    XDG_CACHE_HOME or ~/.cache. With JAX_ENABLE_COMPILATION_CACHE=false JAX keeps nothing.
-    """
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "jgrpo", "compiled"))
 
 
 class Compilations:

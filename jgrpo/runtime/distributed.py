@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import model_port
-from jgrpo.options import DistributedOptions
+from jgrpo.config import DistributedOptions
 from jgrpo.runtime.stop import Stopped
 from model_port.errors import UserError
 

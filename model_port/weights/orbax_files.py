@@ -20,8 +20,8 @@ from orbax.checkpoint import v1 as ocp
 
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
+from model_port.libraries import quiet
 from model_port.paths import absolute, is_remote
-from model_port.silence import quiet
 from model_port.weights import chunk_files, names
 from model_port.weights.lazy import LazyArray
 from model_port.weights.side_files import (

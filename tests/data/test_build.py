@@ -11,13 +11,13 @@ import tracemalloc
 import pytest
 import tensorflow_datasets as tfds
 
+from jgrpo.commands.data import run_data
 from jgrpo.data.builders import build as build_data
 from jgrpo.data.builders import builder as builder_module
 from jgrpo.data.builders import checks, corpus
 from jgrpo.data.builders.build import _alone
 from jgrpo.data.builders.checks import Workers, check_clip
 from jgrpo.data.builders.downloads import Archive, Folder, is_audio
-from jgrpo.data_commands import run_data
 from model_port.errors import UserError
 from tests.data.corpora import make_librisqa
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jgrpo.config import GRPOConfig, SFTConfig
+from jgrpo.config import DataOptions, GRPOConfig, GRPOOptions, ModelOptions, SFTConfig, SourceOptions
 from jgrpo.data import PromptData, Source, read_examples, read_manifest
 from jgrpo.data.mixture import Order
 from jgrpo.data.run import describe, read_training
-from jgrpo.options import DataOptions, GRPOOptions, ModelOptions, SourceOptions
 from model_port.errors import UserError
 
 

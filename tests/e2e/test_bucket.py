@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jgrpo import cli
-from jgrpo.report import read_metrics
+from jgrpo.evaluation.tables import read_metrics
 from jgrpo.runtime.checkpoint import RunCheckpoints
 from jgrpo.runtime.metrics import MetricsWriter
 from model_port import Processor, load_model

@@ -16,7 +16,7 @@ from tests.e2e.conftest import read_rows
 
 CONFIG = """\
 from jgrpo.config import DataOptions, EvalOptions, GRPOConfig, GRPOOptions, ModelOptions
-from jgrpo.options import SourceOptions
+from jgrpo.config import SourceOptions
 
 
 def get_config():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jgrpo import cli
-from jgrpo.evaluate import Evaluation, Passes
-from jgrpo.paper import COLUMNS, paper_row
-from jgrpo.report import evaluation_table
+from jgrpo.evaluation.evaluate import Evaluation, Passes
+from jgrpo.evaluation.tables import evaluation_table
+from jgrpo.paper.tables import COLUMNS, paper_row
 from jgrpo.rewards import CorpusScore, corpus_scores
 from jgrpo.runtime.metrics import MetricsWriter
 from model_port import Processor, load_model
@@ -134,7 +134,7 @@ def test_the_first_metric_chooses_the_best_policy(work, tmp_path, monkeypatch):
     logged = MetricsWriter.write
     monkeypatch.setattr(MetricsWriter, "write", write)
     saved = []
-    monkeypatch.setattr("jgrpo.setup.save_policy", lambda run: saved.append(run.step))
+    monkeypatch.setattr("jgrpo.loop.save_policy", lambda run: saved.append(run.step))
     options = (*validated(work), "--eval.metrics", "wer", "chrf", "--num-steps", "6")
     run = train(work.sft, tmp_path / "run", *options, "--eval.every", "1", "--optimiser.learning-rate", "0.1")
     rows = read_rows(run / "metrics.jsonl")

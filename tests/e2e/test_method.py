@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from jgrpo import cli, groups
+from jgrpo import cli
 from jgrpo.config import DataOptions, GRPOConfig, GRPOOptions, ModelOptions
-from jgrpo.groups import GroupSampler
 from jgrpo.rewards import RewardPool
+from jgrpo.rollout import groups
+from jgrpo.rollout.groups import GroupSampler
 from model_port.errors import UserError
 from model_port.partition import MeshConfig
 from tests.e2e.conftest import (

@@ -58,7 +58,7 @@ def write_clip(path, seconds):
 def test_commands(refuse, capsys):
     assert cli.main(["--help"]) == 0
     usage = capsys.readouterr().out
-    for command in cli.COMMANDS:
+    for command in (*cli.COMMANDS, "generate"):
         assert f"  jgrpo {command} " in usage
     assert refuse() == usage
     assert refuse("nonsense") == (
@@ -234,7 +234,7 @@ def test_generate_options(refuse, work):
     assert "1 clips were given" in refuse("generate", work.base, "--audio", clip, "--prompt", "no marker")
     cold = refuse("generate", work.base, "--audio", clip, "--prompt", "<|audio|>", "--temperature", "-1")
     assert "temperature must be 0 (greedy) or a positive number, got -1.0" in cold
-    assert "Missing from jgrpo generate" in refuse("generate", work.base)
+    assert "arguments are required: --audio, --prompt" in refuse("generate", work.base)
 
 
 def test_run_directories(refuse, work, sft_run, tmp_path):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jgrpo import cli, setup
+from jgrpo import cli, loop
 from jgrpo.config import load_config
 from jgrpo.runtime.metrics import MetricsWriter
 from jgrpo.train_sft import train_sft
@@ -161,7 +161,7 @@ def test_the_best_policy_is_kept_over_a_resume(work, monkeypatch):
         score = scores[training.step]
         return SimpleNamespace(mean=lambda metric: score, lower_is_better=lambda metric: False)
 
-    monkeypatch.setattr(setup, "evaluate_policy", scripted)
+    monkeypatch.setattr(loop, "evaluate_policy", scripted)
     options = ("--num-steps", "8", "--eval.every", "2", "--data.validation", str(work.test))
     options += (*EVERY_SECOND, "--checkpoint.keep", "9")
     with interruption(5):
@@ -200,14 +200,14 @@ def test_a_kill_while_the_policy_is_replaced(work, sft_run, monkeypatch, renames
         patch.setattr(directory, "rename", killed)
         if renames < 2:
             with pytest.raises(KeyboardInterrupt):
-                setup.save_policy(run)
+                loop.save_policy(run)
         else:
-            setup.save_policy(run)
+            loop.save_policy(run)
     if renames == 1:
         assert not (run_dir / "policy").exists()
     else:
         assert_same_bits(read_orbax(run_dir / "policy")[1], [old, None, new][renames])
-    setup.save_policy(run)
+    loop.save_policy(run)
     assert_same_bits(read_orbax(run_dir / "policy")[1], new)
     assert not [path.name for path in run_dir.glob("policy?*")]
 

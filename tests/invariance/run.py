@@ -10,9 +10,9 @@ from flax import nnx
 
 from jgrpo.config import GRPOOptions
 from jgrpo.core.tree import holds, pack, smallest, sort_rows
-from jgrpo.rollout import step_keys
+from jgrpo.programs.steps import Targets, grpo_objective, make_programs
+from jgrpo.rollout.scoring import step_keys
 from jgrpo.runtime.rows import place
-from jgrpo.steps import Targets, grpo_objective, make_programs
 from model_port.params import select
 from model_port.partition import MeshConfig, make_mesh, param_shardings
 from model_port.weights.tree import abstract_model

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from jgrpo.evaluate import example_keys
-from jgrpo.rollout import step_keys
+from jgrpo.evaluation.evaluate import example_keys
+from jgrpo.rollout.scoring import step_keys
 from tests.invariance.tiny import CONFIG, PROMPTS, G, P, make_batch
 
 INDICES = np.arange(40, 40 + P)

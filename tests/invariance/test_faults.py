@@ -29,7 +29,8 @@ import numpy as np
 import optax
 import pytest
 
-from jgrpo.rollout import advantages, rollout_metrics, step_keys
+from jgrpo.rollout.metrics import rollout_metrics
+from jgrpo.rollout.scoring import advantages, step_keys
 from tests.invariance.run import TRAINABLE, Run, gradient_error, make_targets
 from tests.invariance.tiny import CONFIG, PROMPTS, G, P, make_batch
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from jgrpo.config import GRPOOptions
 from jgrpo.rewards import make_reward
-from jgrpo.rollout import fill_groups, learnt_tokens, score_groups, step_keys
+from jgrpo.rollout.scoring import fill_groups, learnt_tokens, score_groups, step_keys
 from tests.invariance.tiny import G, P
 
 

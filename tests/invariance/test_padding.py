@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jgrpo.rollout import step_keys
+from jgrpo.rollout.scoring import step_keys
 from tests.invariance.tiny import CONFIG, PROMPTS, G, P, clip, make_batch, make_model
 
 TOLERANCE = 1e-5

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgrpo import rollout
 from jgrpo.config import GRPOOptions
 from jgrpo.core.logprobs import chunked_logprobs
 from jgrpo.core.losses import on_policy_mask
 from jgrpo.core.tree import layouts
-from jgrpo.rollout import pack_completions, reference_rows
-from jgrpo.steps import AVERAGED_OVER, Objective, _weigh, grpo_objective
+from jgrpo.programs.steps import AVERAGED_OVER, Objective, _weigh, grpo_objective
+from jgrpo.rollout import scoring
+from jgrpo.rollout.scoring import pack_completions, reference_rows
 from model_port import decoder
 from model_port.batch import Completions
 from tests.invariance.run import TRAINABLE, Run, gradient_error, make_targets
@@ -145,13 +145,13 @@ def test_all_processes_take_the_layout_that_the_largest_group_of_any_needs(run, 
 
     alone = []
     for process in range(2):
-        monkeypatch.setattr(rollout, "gather", record(process))
+        monkeypatch.setattr(scoring, "gather", record(process))
         alone.append(pack_completions(tokens[process, None], mask[process, None], prompts, run.mesh))
     shapes = [trees.ends.shape[1:] for trees, _ in alone]
     choices = layouts(G, 100, prompt_tokens=prompts.tokens.shape[1])
     assert shapes == [choices[0], choices[-1]]
     both = jax.tree.map(lambda *rows: np.concatenate(rows), *seen.values())
-    monkeypatch.setattr(rollout, "gather", lambda tree, mesh: both)
+    monkeypatch.setattr(scoring, "gather", lambda tree, mesh: both)
     for process in range(2):
         trees, metrics = pack_completions(tokens[process, None], mask[process, None], prompts, run.mesh)
         assert trees.ends.shape[1:] == choices[-1] == (metrics["tree/trees"], metrics["tree/slots"])

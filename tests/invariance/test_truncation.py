@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jgrpo.config import GRPOOptions
-from jgrpo.steps import grpo_objective, truncation
+from jgrpo.programs.steps import grpo_objective, truncation
 from tests.invariance.run import TEMPERATURE, Run, make_targets
 from tests.invariance.tiny import G, T
 

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from jgrpo.rollout import advantages, reference_rows
+from jgrpo.programs.steps import apply_updates
+from jgrpo.rollout.scoring import advantages, reference_rows
 from jgrpo.runtime.rows import fetch, place
-from jgrpo.steps import apply_updates
 from tests.invariance.run import Run, make_targets
 from tests.invariance.tiny import G, P, T
 

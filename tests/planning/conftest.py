@@ -6,8 +6,7 @@ import dataclasses
 import jax
 import pytest
 
-from jgrpo.config import GRPOConfig, SFTConfig
-from jgrpo.options import DataOptions, GRPOOptions, ModelOptions
+from jgrpo.config import DataOptions, GRPOConfig, GRPOOptions, ModelOptions, SFTConfig
 from jgrpo.planning.arrays import Clip, run_arrays
 from jgrpo.planning.measure import Compiled, Memory
 from jgrpo.planning.programs import abstract_run

@@ -7,7 +7,7 @@ import json
 import jax
 import pytest
 
-from jgrpo import plan as plans
+from jgrpo.planning import plan as plans
 from jgrpo.planning.chips import CHIPS, GIB
 from jgrpo.planning.estimate import Estimate, divisors, estimate, meshes
 from jgrpo.planning.search import candidates, search

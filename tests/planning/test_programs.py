@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from jgrpo.layout import choose_weights
-from jgrpo.options import EvalOptions, GRPOOptions
+from jgrpo.config import EvalOptions, GRPOOptions
 from jgrpo.planning.arrays import chip_bytes, model_config
 from jgrpo.planning.cost import program_cost
 from jgrpo.planning.programs import calls
+from jgrpo.programs.layout import choose_weights
 from model_port.errors import UserError
 from model_port.partition import MeshConfig
 from model_port.published import PUBLISHED

@@ -11,7 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
 from jgrpo.rewards import corpus_scores, make_reward
 from jgrpo.rewards.bert_encoder import encode, read_config, read_params
 from jgrpo.rewards.bertscore import BertScore, load_bertscore

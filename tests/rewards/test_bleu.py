@@ -7,7 +7,7 @@ import pytest
 import sacrebleu
 from sacrebleu.metrics import BLEU
 
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
 from jgrpo.rewards import corpus_bleu, make_reward
 from jgrpo.rewards.bleu import SentenceBleu
 from model_port.errors import UserError

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
 from jgrpo.rewards import corpus_scores, make_reward
 from model_port.errors import UserError
 

@@ -6,7 +6,7 @@ from nltk.corpus.reader.wordnet import WordNetCorpusReader
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.translate.meteor_score import single_meteor_score
 
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
 from jgrpo.rewards import corpus_scores, make_reward
 from jgrpo.rewards.meteor import WORDNET_FILES, NoSynonyms, load_wordnet
 from model_port.errors import UserError

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
 from jgrpo.rewards import RewardPool, make_reward
 from model_port.errors import UserError
 

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
 from jgrpo.rewards import make_reward
 from jgrpo.rewards.reward import BUILT_IN
 from model_port.errors import UserError

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from jgrpo.options import MetricOptions
+from jgrpo.config import MetricOptions
 from jgrpo.rewards import make_reward
 from jgrpo.rewards.rouge import AsciiTokenizer, UnicodeTokenizer, shared_tokenizer
 

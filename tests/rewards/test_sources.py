@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from jgrpo.config import GRPOOptions
 from jgrpo.core.advantages import group_advantages
-from jgrpo.options import GRPOOptions
 from jgrpo.rewards import RewardPool, make_reward
-from jgrpo.rollout import rollout_metrics, score_groups, source_metrics
+from jgrpo.rollout.metrics import rollout_metrics, source_metrics
+from jgrpo.rollout.scoring import score_groups
 from model_port.errors import UserError
 
 SPECS = ({"rouge1": 1.0, "wer": 0.5}, {"bleu": 2.0, "rouge1": 0.25})

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jgrpo.runtime.compilations import Compilations, keep_compiled
+from jgrpo.runtime.compilations import Compilations
+from model_port.libraries import keep_compiled
 
 
 @pytest.fixture

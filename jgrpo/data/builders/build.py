@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from jgrpo.data.builders import covost2, librisqa
 from jgrpo.data.builders.builder import SpeechBuilder, SpeechConfig
 from model_port.errors import UserError
-from model_port.silence import quiet
+from model_port.libraries import quiet
 
 CARD = "jgrpo.json"
 WORK = ".building"  # in the output directory: what is not finished

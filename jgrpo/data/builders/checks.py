@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jgrpo.worker import start_worker
+from jgrpo.runtime.worker import start_worker
 from model_port.audio import AudioError, load_audio
 from model_port.errors import UserError
 from model_port.features import log_mel

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
-from model_port.silence import quiet
+from model_port.libraries import quiet
 from model_port.weights import names
 from model_port.weights.hf_files import open_hf
 from model_port.weights.hf_writer import write_hf

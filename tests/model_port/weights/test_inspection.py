@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
+from model_port.libraries import quiet
 from model_port.published import PUBLISHED
-from model_port.silence import quiet
 from model_port.weights import hf_files, names, tree
 from model_port.weights.convert import convert, load_model, save_model
 from model_port.weights.inspection import inspect

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jgrpo.checks import check_least, check_types
-from jgrpo.options import (
+from jgrpo.config.checks import check_least, check_types
+from jgrpo.config.options import (
     CheckpointOptions,
     DataOptions,
     DistributedOptions,
@@ -25,7 +25,6 @@ from jgrpo.options import (
     ModelOptions,
     OptimiserOptions,
 )
-from jgrpo.paper import paper_row
 from model_port.config import LORA_TARGETS
 from model_port.errors import UserError
 from model_port.generate import check_sampling
@@ -138,8 +137,6 @@ class RunConfig:
             )
         if self.eval.beams == 1:
             raise UserError("eval.beams is 1, which is greedy decoding; use 2 or more, or 0 for no beam search")
-        if self.paper is not None:
-            paper_row(self.paper)
         if self.eval.every and not self.data.validation:
             raise UserError(
                 "eval.every is set but data.validation is not: name a validation manifest or set every to 0"

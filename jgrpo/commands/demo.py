@@ -7,23 +7,46 @@ completions. The files come from demo/ and configs/, so it runs from the root of
 import dataclasses
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
+
+from jgrpo.commands.evaluate import evaluate_model
 from jgrpo.config import RunConfig, load_config, with_model
 from jgrpo.data.sources import set_names
-from jgrpo.report import completions_text, draw_curves, read_metrics, results_table, step_seconds
+from jgrpo.evaluation.tables import completions_text, draw_curves, read_metrics, results_table, step_seconds
 from jgrpo.runtime.timer import PhaseTimer
-from jgrpo.setup import evaluate_model
 from jgrpo.train_grpo import train_grpo
 from jgrpo.train_sft import train_sft
 from model_port.errors import UserError
+from model_port.libraries import keep_compiled
+from model_port.paths import is_remote
 from model_port.weights.convert import convert, export
 
 NEEDED = ("demo/base", "demo/train.jsonl", "configs/demo_grpo.py", "configs/demo_sft.py")
 VOICES = "test_voices"  # the manifest of held-out voices; the other one has held-out sentences in known voices
 TIMING_STEPS = 8  # of the short run that measures how long a step of SFT takes
 EVALUATIONS = 10  # on the validation set, per training
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Train the small model of demo/ by SFT and GRPO and compare them."""
+
+    run_dir: str = "runs/demo"
+    """Where everything is written; an earlier demo there is replaced."""
+    seed: Annotated[int, tyro.conf.arg(help="Of both trainings.")] = 0
+
+
+def run_demo(arguments: list[str]) -> None:
+    """Run the demo."""
+    options = tyro.cli(DemoOptions, args=arguments, prog="jgrpo demo")
+    if is_remote(options.run_dir):
+        raise UserError(f"--run-dir is {options.run_dir}; the demo writes to a disk, give a directory")
+    keep_compiled()
+    demo(Path(options.run_dir), seed=options.seed)
 
 
 def demo(run_dir: Path, *, seed: int = 0) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
+from jgrpo.config import GRPOOptions
 from jgrpo.core.advantages import group_advantages, zero_variance
 from jgrpo.core.shaping import overlong_penalty
 from jgrpo.core.tree import holds, layouts, pack, smallest, sort_rows
-from jgrpo.data.pipeline import PromptBatch, PromptData
-from jgrpo.options import GRPOOptions
+from jgrpo.data.pipeline import PromptBatch
 from jgrpo.rewards import Reward
 from jgrpo.rewards.reward import SourceRewards
 from jgrpo.runtime.rows import gather
@@ -159,66 +159,6 @@ def fill_groups(groups: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str
     return jax.tree.map(fill, groups, found), len(rows)
 
 
-def rollout_metrics(
-    rewards: np.ndarray, components: dict[str, np.ndarray], lengths: np.ndarray, eos: np.ndarray
-) -> dict[str, Any]:
-    """Return the metrics of sampled completions, named as TRL's users know them.
-
-    The mean of a component is over the completions that have it: NaN are those of another source of a mixture.
-
-    Args:
-        lengths: of the completions in tokens [P, G].
-        eos: whether each completion ended by itself [P, G].
-    """
-    known = [(name, value, ~np.isnan(value)) for name, value in components.items()]
-    return {
-        "reward": float(rewards.mean()),
-        "reward_std": float(rewards.std(axis=1, ddof=1).mean()) if rewards.shape[1] > 1 else 0.0,
-        "frac_reward_zero_std": float(zero_variance(rewards).mean()),
-        **{f"rewards/{name}/mean": float(value[there].mean()) for name, value, there in known if there.any()},
-        "completions/mean_length": float(lengths.mean()),
-        "completions/min_length": int(lengths.min()),
-        "completions/max_length": int(lengths.max()),
-        "completions/clipped_ratio": float(1.0 - eos.mean()),
-        "num_tokens": int(lengths.sum()),
-    }
-
-
-def source_metrics(
-    sources: Int[np.ndarray, " P"] | None, names: Sequence[str], rewards: Float[np.ndarray, "P G"]
-) -> dict[str, float]:
-    """Return the mean reward of each source of a mixture that has prompts in the step."""
-    present = [] if sources is None else np.unique(sources).tolist()
-    return {f"reward/{names[source]}": float(rewards[sources == source].mean()) for source in present}
-
-
-def mixed_metrics(rewards: np.ndarray, values: np.ndarray) -> dict[str, float]:
-    """Return what is known of the references, the last of each group; `values` are the advantages [P, G]."""
-    return {
-        "frac_reward_zero_std": float(zero_variance(rewards).mean()),
-        "mixed/reference_reward": float(rewards[:, -1].mean()),
-        "mixed/reference_advantage": float(values[:, -1].mean()),
-    }
-
-
 def ended(out: Completions, eos_ids: Sequence[int]) -> np.ndarray:
     """Return [P, G]: whether a completion wrote an end-of-sequence token."""
     return (np.isin(out.tokens, np.asarray(eos_ids)) & out.mask).any(-1)
-
-
-def completion_rows(
-    data: PromptData, indices: Int[np.ndarray, " P"], texts: Sequence[Sequence[str]], rewards, values
-) -> list[dict[str, Any]]:
-    """Return one row per prompt for the completions file; `rewards` and `values`, the advantages, are [P, G]."""
-    return [
-        {
-            "index": index,
-            **({"source": data.source_of(index)} if data.sources else {}),
-            "prompt": data.examples.prompts[index],
-            "reference": data.examples.references[index],
-            "completions": list(texts[p]),
-            "rewards": rewards[p].tolist(),
-            "advantages": values[p].tolist(),
-        }
-        for p, index in enumerate(indices.tolist())
-    ]

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, PyTree
 from jgrpo.config import GRPOOptions
 from jgrpo.core.logprobs import chunked_logprobs
 from jgrpo.core.losses import ON_POLICY_METRICS, on_policy_mask, sft_token_loss, token_loss, token_weights
-from jgrpo.layout import decoding_options, rollout_layout
+from jgrpo.programs.layout import decoding_options, rollout_layout
 from jgrpo.runtime.optimiser import all_finite, select_tree
 from model_port.batch import Batch, Trees, struct
 from model_port.beam import search_completions

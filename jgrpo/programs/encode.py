@@ -5,8 +5,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jgrpo.data.pipeline import PromptBatch, PromptData
+from jgrpo.programs.steps import Programs
 from jgrpo.runtime.rows import fetch, gather, place
-from jgrpo.steps import Programs
 from model_port.batch import Batch
 from model_port.params import Params
 

@@ -18,18 +18,18 @@ from jax.sharding import Mesh
 
 from jgrpo.config import EvalOptions, RunConfig
 from jgrpo.data.pipeline import PromptData
-from jgrpo.encode import ClipEncoder
-from jgrpo.paper import COLUMNS
+from jgrpo.paper.tables import COLUMNS
+from jgrpo.programs.encode import ClipEncoder
+from jgrpo.programs.steps import Programs
 from jgrpo.rewards import CorpusScore, corpus_scores, make_reward
 from jgrpo.runtime.rows import fetch, gather, place
-from jgrpo.steps import Programs
 from model_port.batch import Completions
 from model_port.errors import UserError
 from model_port.params import Params
 from model_port.paths import as_path
 from model_port.processor import Processor
 
-EVALUATION = 2  # the purpose folded into a key; see jgrpo.rollout for training's
+EVALUATION = 2  # the purpose folded into a key; see jgrpo.rollout.scoring for training's
 
 Scores = Mapping[str, CorpusScore]  # of one pass, by metric
 

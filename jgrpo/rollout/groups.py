@@ -5,8 +5,7 @@ not depend on their number: every row has a key of its own.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,22 +17,18 @@ from jaxtyping import Bool, Float, Int
 from jgrpo.config import GRPOConfig
 from jgrpo.core.advantages import zero_variance
 from jgrpo.data.pipeline import PromptBatch
+from jgrpo.programs.steps import truncation
 from jgrpo.rewards import RewardPool
-from jgrpo.rollout import (
-    completion_rows,
+from jgrpo.rollout.scoring import (
     ended,
     fill_groups,
     flat_examples,
-    mixed_metrics,
-    rollout_metrics,
     score_groups,
-    source_metrics,
     step_keys,
     with_references,
 )
 from jgrpo.runtime.rows import fetch, gather, own_rows, place
 from jgrpo.setup import Run
-from jgrpo.steps import truncation
 from model_port.batch import Batch, Completions
 
 
@@ -65,7 +60,8 @@ class Groups:
         batch: of the prompts, on the mesh.
         encoded: encoder output of the clips, on the mesh.
         completions: on the host; in a mixed-policy run the last of a group is the reference.
-        scores: waits for the rewards of all processes and returns them.
+        jobs: the rewards of each chunk, which the host is computing.
+        scores: those of all processes, where dynamic sampling has waited for them.
         metrics: of dynamic sampling.
     """
 
@@ -74,7 +70,8 @@ class Groups:
     batch: Batch
     encoded: jax.Array
     completions: Completions
-    scores: Callable[[], Scores]
+    jobs: Sequence[Future] = ()
+    scores: Scores | None = None
     metrics: dict[str, int] = field(default_factory=dict)
 
 
@@ -112,8 +109,7 @@ class GroupSampler:
                 jobs.append(self._pool.submit(*flat_examples(texts, prompts, rows)))
             hosts.append(host)
         completions = jax.tree.map(_interleave, *hosts)
-        scores = functools.partial(self._scores, jobs, completions, prompts.sources)
-        return Groups(self._own_rows(), prompts, batch, encoded, completions, scores)
+        return Groups(self._own_rows(), prompts, batch, encoded, completions, jobs)
 
     def _encode(self, prompts: PromptBatch) -> tuple[Batch, jax.Array]:
         run = self._run
@@ -141,10 +137,13 @@ class GroupSampler:
             outs.append(run.programs.rollout(*weights, *chunk, keys, **self._sampling))
         return outs
 
-    def _scores(self, jobs: list[Future], completions: Completions, sources: np.ndarray | None) -> Scores:
+    def gather_scores(self, groups: Groups) -> Scores:
         """Wait for the components of all chunks, make rewards of them, and share them with all processes."""
+        if groups.scores is not None:
+            return groups.scores
+        completions, sources = groups.completions, groups.prompts.sources
         lengths = completions.mask.sum(-1)
-        parts = [job.result() for job in jobs]
+        parts = [job.result() for job in groups.jobs]
         shape = (-1, lengths.shape[1])
         components = {name: _interleave(*(part[name].reshape(shape) for part in parts)) for name in parts[0]}
         settings = {"limit": self._config.max_completion_tokens, "sources": sources}
@@ -172,42 +171,14 @@ class GroupSampler:
             prompts = run.data.gather(table.pop("indices"))
         rows, out = self._own_rows(), table.pop("completions")
         completions = jax.tree.map(lambda values: values[rows], out)
-        scores = Scores(**table)
-        return Groups(rows, prompts, *self._encode(prompts), completions, lambda: scores, metrics)
+        return Groups(rows, prompts, *self._encode(prompts), completions, scores=Scores(**table), metrics=metrics)
 
     def _table(self, groups: Groups) -> dict[str, Any]:
         """Wait for the rewards and return all that is known of the groups of all processes, prompts first."""
         with self._run.timer("reward_wait"):
-            scores = groups.scores()
+            scores = self.gather_scores(groups)
         arrays = {"completions": groups.completions, "indices": groups.prompts.indices}
         return {**vars(scores), **gather(arrays, self._run.policy.mesh)}
-
-
-def step_metrics(groups: Groups, scores: Scores, values: np.ndarray, *, mixed: bool) -> dict[str, float]:
-    """Return the metrics of a rollout: those of the sampled completions, and with `mixed` those of the references.
-
-    Args:
-        values: the advantages [P, G].
-    """
-    sampled = np.s_[:, :-1] if mixed else np.s_[:]
-    rewards, components, lengths, eos = jax.tree.map(
-        lambda values: values[sampled], (scores.rewards, scores.components, scores.lengths, scores.ended)
-    )
-    metrics = rollout_metrics(rewards, components, lengths, eos)
-    metrics |= source_metrics(scores.sources, groups.prompts.source_names, rewards)
-    if mixed:
-        metrics |= mixed_metrics(scores.rewards, values)
-    return metrics | groups.metrics
-
-
-def write_completions(run: Run, groups: Groups, scores: Scores, values: np.ndarray) -> None:
-    """Write down what the step sampled for all prompts, with its rewards and the advantages `values` [P, G]."""
-    own = {"completions": groups.completions, "indices": groups.prompts.indices}
-    whole = gather(own, run.policy.mesh)
-    texts = run.policy.processor.decode(whole["completions"])
-    run.metrics.write_completions(
-        run.step + 1, completion_rows(run.data, whole["indices"], texts, scores.rewards, values)
-    )
 
 
 def _interleave(*parts: np.ndarray) -> np.ndarray:

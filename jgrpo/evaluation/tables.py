@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jgrpo.paper import COLUMNS, paper_row
+from jgrpo.paper.tables import COLUMNS, paper_row
 from model_port.paths import as_path
 
 SMOOTHING = 15  # steps in the running mean of the reward curve

@@ -8,17 +8,18 @@ Hugging Face TRL; [ours] chosen here. docs/sources.md has the same for what thes
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jgrpo.config import GRPOConfig, SFTConfig
-from jgrpo.options import (
+from jgrpo.config import (
     CheckpointOptions,
     DataOptions,
     EvalOptions,
+    GRPOConfig,
     GRPOOptions,
     MetricOptions,
     ModelOptions,
     OptimiserOptions,
+    SFTConfig,
 )
-from jgrpo.paper import COLUMNS
+from jgrpo.paper.tables import COLUMNS
 
 Size = Literal["2b", "8b"]
 

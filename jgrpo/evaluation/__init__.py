@@ -1,0 +1,1 @@
+"""Scores of a policy, and the tables of them."""

@@ -1,0 +1,1 @@
+"""The paper's runs and its result tables, as data."""

@@ -1,0 +1,1 @@
+"""The jitted programs of a run."""

@@ -1,0 +1,1 @@
+"""Between the device's samples and its update."""
