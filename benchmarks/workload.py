@@ -282,7 +282,7 @@ class Workload:
             share: whether beginnings are shared.
         """
         rows = sort_rows(completions.tokens, completions.mask, share=share)
-        choices = layouts(*completions.tokens.shape[1:], prompt_tokens=self.clip.tokens)
+        choices = layouts(*completions.tokens.shape[1:], prompt_tokens=self.batch.tokens.shape[1])
         return place(pack(rows, layout or smallest(holds(rows, choices), choices)), self.run.mesh)
 
     def score(self, trees: Trees) -> jax.Array:

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.harness import Report, arguments, measure
@@ -23,6 +24,7 @@ from benchmarks.peers.exchange import add_arguments, full_logprobs, judge, run, 
 from benchmarks.peers.text import TextWorkload
 from benchmarks.workload import Size
 from jgrpo.programs.steps import Targets
+from model_port.batch import Completions
 from model_port.errors import UserError
 
 TARGETS = {"rollout": 1.0, "update": 1.5}
@@ -45,13 +47,13 @@ def compare(options: argparse.Namespace) -> None:
     size = Size.of(options)
     workload = TextWorkload(size, beta=BETA, learning_rate=LEARNING_RATE)
     report = Report("text against tunix", {name: value for name, value in vars(size).items() if name != "seconds"})
-    completions = workload.rollout()
+    completions = jax.device_get(workload.rollout())
     targets = workload.targets(completions)
     with TemporaryDirectory() as name:
         directory = Path(name)
-        write(workload, targets, directory)
+        write(workload, completions, targets, directory)
         with start("tunix", "tunix", settings(workload, directory), options) as peer:
-            check(report, workload, peer, np.asarray(targets.tokens))
+            check(report, workload, peer, completions)
             ours = {"rollout": workload.rollout, "update": lambda: workload.update(targets)}
             theirs = {part: partial(peer.ask, do=part) for part in TARGETS}
             cases = {}
@@ -69,13 +71,13 @@ def compare(options: argparse.Namespace) -> None:
     report.finish(options.json)
 
 
-def write(workload: TextWorkload, targets: Targets, directory: Path) -> None:
+def write(workload: TextWorkload, completions: Completions, targets: Targets, directory: Path) -> None:
     """Write the weights and what both update on."""
     workload.export_llama(directory)
     np.savez(
         directory / "inputs.npz",
         tokens=np.asarray(workload.batch.tokens),
-        completions=np.asarray(targets.tokens),
+        completions=completions.tokens,
         advantage=np.asarray(targets.advantage),
         ref_logp=np.asarray(targets.ref_logp),
     )
@@ -105,14 +107,14 @@ def settings(workload: TextWorkload, directory: Path) -> dict[str, Any]:
     }
 
 
-def check(report: Report, workload: TextWorkload, peer: Peer, tokens: np.ndarray) -> None:
+def check(report: Report, workload: TextWorkload, peer: Peer, completions: Completions) -> None:
     """Compare log-probs of the same completions under the same weights.
 
     Raises:
         UserError: they differ.
     """
-    theirs = np.array(peer.ask(do="check")["logps"], np.float32).reshape(tokens.shape)
-    difference = np.abs(theirs - full_logprobs(workload, workload.batch, tokens)).max()
+    theirs = np.array(peer.ask(do="check")["logps"], np.float32).reshape(completions.tokens.shape)
+    difference = np.abs(theirs - full_logprobs(workload, workload.batch, completions)).max()
     text = f"check: tunix's log-probs differ from ours by {difference:.1e} at most"
     if difference > AGREEMENT and workload.size.dtype == "float32":
         raise UserError(f"{text}; allowed are {AGREEMENT:g}")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from jgrpo.core.advantages import SCALES
 from jgrpo.core.kl import ESTIMATORS
-from jgrpo.core.losses import IMPORTANCE, LOSS_TYPES
+from jgrpo.core.losses import IMPORTANCE, LOSSES
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ class GRPOOptions:
     """The ratio is clipped below 1 - epsilon_low (TRL)."""
     epsilon_high: float = 0.2
     """The ratio is clipped above 1 + epsilon_high (TRL)."""
-    loss_type: Literal[LOSS_TYPES] = "dapo"
+    loss_type: Literal[tuple(LOSSES)] = "dapo"
     """How token losses are normalised (paper eq. 3: dapo)."""
-    importance: Literal[IMPORTANCE] = "token"
+    importance: Literal[tuple(IMPORTANCE)] = "token"
     """Importance ratio per token, or per sequence (GSPO)."""
     advantage_scale: Literal[SCALES] = "group"
     """What rewards minus their group's mean are divided by (paper eq. 1: the group's deviation)."""

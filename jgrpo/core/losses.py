@@ -13,6 +13,8 @@ What the other arrays hold at masked positions is never read: NaN and infinities
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,17 +40,16 @@ def _num_sequences(mask: Bool[Array, "P G T"], *, skip_empty_groups: bool) -> Fl
     return _count(groups) * mask.shape[1]
 
 
-LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
-IMPORTANCE = ("token", "sequence")
 # An infinite ratio would have a NaN for a gradient also where it is clipped; e^80 is far beyond any bound.
 MAX_LOG_RATIO = 80.0
 # Of the per-token metrics, those that are means over sampled tokens; the others are means over all.
 ON_POLICY_METRICS = ("ratio", "clip_low", "clip_high", "clip_delta", "clip_region")
 
 
-def _check_option(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{what} {value!r} is unknown: use one of {', '.join(allowed)}.")
+def _chosen(table: Mapping[str, Any], what: str, name: str) -> Any:
+    if name not in table:
+        raise UserError(f"{what} {name!r} is unknown: use one of {', '.join(table)}.")
+    return table[name]
 
 
 def token_weights(
@@ -76,27 +77,40 @@ def token_weights(
     >>> token_weights(jnp.array([[[True, True, True], [True, False, False]]]), loss_type="dapo").tolist()
     [[[0.25, 0.25, 0.25], [0.25, 0.0, 0.0]]]
     """
-    _check_option("loss type", loss_type, LOSS_TYPES)
-    if loss_type == "dr_grpo":
-        if max_completion_length is None or max_completion_length < 1:
-            raise UserError(
-                f"loss type dr_grpo divides by the maximum completion length, got {max_completion_length}: "
-                "give a positive max_completion_length."
-            )
-        divisor = _num_sequences(mask, skip_empty_groups=skip_empty_groups) * max_completion_length
-    elif loss_type == "grpo":
-        divisor = _num_sequences(mask, skip_empty_groups=skip_empty_groups) * _count(mask, axis=-1)
-    else:
-        divisor = _count(mask)
-    return jnp.where(mask, 1.0 / divisor, 0.0)
+    _, divide = _chosen(LOSSES, "loss type", loss_type)
+    sequences = _num_sequences(mask, skip_empty_groups=skip_empty_groups)
+    return jnp.where(mask, 1.0 / divide(mask, sequences, max_completion_length), 0.0)
 
 
-def _importance_ratio(logp: Tokens, old_logp: Tokens, mask: Bool[Array, "P G T"], *, importance: str) -> Tokens:
-    """pi_theta / pi_old per token, or the sequence's geometric mean of it spread over its tokens."""
-    if importance == "token":
-        return jnp.exp(jnp.minimum(logp - old_logp, MAX_LOG_RATIO))
-    mean_log_ratio = jnp.sum(logp - old_logp, axis=-1, keepdims=True) / _count(mask, axis=-1)
-    ratio = jnp.exp(jnp.minimum(mean_log_ratio, MAX_LOG_RATIO))
+def _by_token(mask: Bool[Array, "P G T"], sequences: Float[jax.Array, "..."], limit: int | None):
+    """Every token of the arrays counts alike."""
+    return _count(mask)
+
+
+def _by_sequence(mask: Bool[Array, "P G T"], sequences: Float[jax.Array, "..."], limit: int | None):
+    """Every sequence counts alike, whatever its length."""
+    return sequences * _count(mask, axis=-1)
+
+
+def _by_limit(mask: Bool[Array, "P G T"], sequences: Float[jax.Array, "..."], limit: int | None):
+    """Every token counts as one of a sequence of the greatest length."""
+    if limit is None or limit < 1:
+        raise UserError(
+            f"loss type dr_grpo divides by the maximum completion length, got {limit}: "
+            "give a positive max_completion_length."
+        )
+    return sequences * limit
+
+
+def _token_ratio(log_ratio: Tokens, logp: Tokens, mask: Bool[Array, "P G T"]) -> Tokens:
+    """pi_theta / pi_old of each token."""
+    return jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
+
+
+def _sequence_ratio(log_ratio: Tokens, logp: Tokens, mask: Bool[Array, "P G T"]) -> Tokens:
+    """The sequence's geometric mean of it, spread over its tokens."""
+    mean = jnp.sum(log_ratio, axis=-1, keepdims=True) / _count(mask, axis=-1)
+    ratio = jnp.exp(jnp.minimum(mean, MAX_LOG_RATIO))
     return jax.lax.stop_gradient(ratio) * jnp.exp(logp - jax.lax.stop_gradient(logp))
 
 
@@ -105,8 +119,9 @@ def _shaped(ratio: Tokens, off_policy: Bool[jax.Array, "P G T"], *, gamma: float
     return jnp.where(off_policy, ratio / (ratio + gamma), ratio)
 
 
-def _surrogate(
+def _clipped(
     ratio: Tokens,
+    logp: Tokens,
     advantage: Tokens,
     on_policy: Bool[jax.Array, "P G T"],
     *,
@@ -131,13 +146,30 @@ def _surrogate(
     return bounded * advantage, {name: holds for name, (holds, _) in bounds.items()}
 
 
-def _cispo_surrogate(
-    ratio: Tokens, logp: Tokens, advantage: Tokens, on_policy: Bool[jax.Array, "P G T"], *, epsilon_high: float | int
+def _truncated(
+    ratio: Tokens,
+    logp: Tokens,
+    advantage: Tokens,
+    on_policy: Bool[jax.Array, "P G T"],
+    *,
+    epsilon_high: float | int,
+    **unused: float | int | None,
 ) -> tuple[Tokens, dict[str, Bool[jax.Array, "P G T"]]]:
     """stop_gradient(min(ratio, epsilon_high)) A log pi, and where the weight is truncated (never from below)."""
     high = on_policy & (ratio > epsilon_high)
     weight = jax.lax.stop_gradient(jnp.where(high, epsilon_high, ratio))
     return weight * advantage * logp, {"clip_low": jnp.zeros_like(high), "clip_high": high}
+
+
+# A loss is the surrogate of a token and what its weight divides by. A new one is one entry here.
+LOSSES = {
+    "grpo": (_clipped, _by_sequence),
+    "dapo": (_clipped, _by_token),
+    "bnpo": (_clipped, _by_token),
+    "dr_grpo": (_clipped, _by_limit),
+    "cispo": (_truncated, _by_token),
+}
+IMPORTANCE = {"token": _token_ratio, "sequence": _sequence_ratio}
 
 
 def _check_delta(delta: float | int | None, *, loss_type: str, epsilon_high: float | int) -> None:
@@ -200,8 +232,8 @@ def token_loss(
     Source: arXiv 2509.16990 eqs. 2-4; GSPO arXiv 2507.18071 section 4.3; LUFFY arXiv 2504.14945; CISPO and delta as
     TRL 1.16 defines them.
     """
-    _check_option("loss type", loss_type, LOSS_TYPES)
-    _check_option("importance", importance, IMPORTANCE)
+    surrogate_of, _ = _chosen(LOSSES, "loss type", loss_type)
+    ratio_of = _chosen(IMPORTANCE, "importance", importance)
     _check_delta(delta, loss_type=loss_type, epsilon_high=epsilon_high)
     if ref_logp is None and beta != 0:
         raise UserError(f"beta is {beta} but there are no reference log-probabilities: give ref_logp or set beta to 0.")
@@ -212,13 +244,10 @@ def token_loss(
     old_logp = jax.lax.stop_gradient(jnp.where(on_policy, old_logp, 0.0))
     advantage = jnp.where(mask, jnp.asarray(advantage)[..., None], 0.0)
 
-    ratio = _importance_ratio(logp, old_logp, mask, importance=importance)
+    ratio = ratio_of(logp - old_logp, logp, mask)
     weight = _shaped(ratio, mask & ~on_policy, gamma=off_policy_shaping) if off_policy_shaping else ratio
-    if loss_type == "cispo":
-        surrogate, clipped = _cispo_surrogate(weight, logp, advantage, on_policy, epsilon_high=epsilon_high)
-    else:
-        clip = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta}
-        surrogate, clipped = _surrogate(weight, advantage, on_policy, **clip)
+    clip = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta}
+    surrogate, clipped = surrogate_of(weight, logp, advantage, on_policy, **clip)
     loss = -surrogate
     region = functools.reduce(jnp.logical_or, clipped.values())
     metrics = {"ratio": jnp.where(on_policy, ratio, 0.0), **clipped, "clip_region": region}

@@ -5,10 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from benchmarks.harness import arguments
 from benchmarks.peers import against_generate, against_trl, against_tunix, environments
 from benchmarks.peers.conversation import Peer
+from benchmarks.peers.exchange import full_logprobs
+from benchmarks.peers.text import TextWorkload
+from benchmarks.workload import Size
 from model_port.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -133,3 +139,19 @@ def test_answers_are_one_object_a_line():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert [json.loads(text) for text in done.stdout.splitlines()] == [{"a": 1}, {"b": 2}]
     assert done.stderr == "x\n"
+
+
+def test_tunix_updates_on_what_ours_sampled(tmp_path):
+    size = Size.of(
+        arguments("", text_tokens=6).parse_args("--model tiny --prompts 2 --samples 2 --new-tokens 4".split())
+    )
+    workload = TextWorkload(size, beta=0.1, learning_rate=1e-3)
+    completions = jax.device_get(workload.rollout())
+    targets = workload.targets(completions)
+    against_tunix.write(workload, completions, targets, tmp_path)
+    with np.load(tmp_path / "inputs.npz") as written:
+        assert written["tokens"].shape == (2, 6) and written["advantage"].shape == (2, 2)
+        np.testing.assert_array_equal(written["completions"], completions.tokens)
+        np.testing.assert_array_equal(written["ref_logp"], completions.logp)
+    assert full_logprobs(workload, workload.batch, completions).shape == completions.tokens.shape
+    assert np.isfinite(float(workload.update(targets)["loss"]))
