@@ -21,7 +21,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -32,7 +32,7 @@ import soxr
 import torch
 import torchaudio
 
-from jgrpo.data import PromptData, PromptStream, pipeline, read_manifest
+from jgrpo.data import PromptBatch, PromptData, pipeline, read_manifest
 from jgrpo.data.builders import build
 from jgrpo.data.built import read_built
 from model_port.audio import load_audio
@@ -144,7 +144,7 @@ def manifest(paths: list[Path], lines: int) -> Path:
     return path
 
 
-def stream(paths: list[Path], *, lines: int, bucket: float, rows: int = ROWS) -> PromptStream:
+def stream(paths: list[Path], *, lines: int, bucket: float, rows: int = ROWS) -> Iterator[PromptBatch]:
     """Return the training stream over a manifest of these clips."""
     data = PromptData(
         read_manifest(manifest(paths, lines)), processor(), prompts_per_step=rows, audio_buckets_seconds=(bucket,)

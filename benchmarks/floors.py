@@ -64,7 +64,7 @@ class Peak:
 def _head(run: Arrays) -> tuple[int, bool]:
     """Return the size of the matrix that makes logits, and whether it is trained."""
     name = "decoder.embed_tokens.embedding" if run.model.tie_word_embeddings else "lm_head.kernel"
-    return run.model.decoder.vocab_size * run.model.decoder.hidden_size, name in run.reference
+    return run.model.decoder.vocab_size * run.model.decoder.hidden_size, name in run.ref_params
 
 
 def _attention(run: Arrays, pairs: float) -> float:

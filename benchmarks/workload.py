@@ -237,7 +237,7 @@ class Workload:
         self.size, self.options = size, options
         self.run, self.clip = plan(size, **options)
         self.params = random_params(self.run) if params is None else params
-        trained = self.run.reference
+        trained = self.run.ref_params
         self.frozen = {name: value for name, value in self.params.items() if name not in trained}
         copies = {name: jnp.array(self.params[name], jnp.float32, copy=True) for name in trained}
         self.state = self.run.programs.init(copies)
@@ -321,7 +321,7 @@ def random_params(run: AbstractRun) -> Params:
     rows of a matrix are alike.
     """
     pool = INIT_STDDEV * np.random.default_rng(0).standard_normal(POOL).astype(np.float32)
-    shapes = {**run.frozen, **run.reference}
+    shapes = {**run.frozen, **run.ref_params}
 
     def draw(name: str, start: int) -> jax.Array:
         leaf, kind = shapes[name], name.split(".")[-1]

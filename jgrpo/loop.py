@@ -50,7 +50,7 @@ def finish_step(run: Run, metrics: dict[str, Any], shown: dict[str, float]) -> N
     run.progress.update(run.step, shown)
     reason = why_stop(run, metrics)
     force = last or reason is not None
-    host = {"skipped": run.skipped, "best": run.best, "data": {"next_index": run.step, "seed": config.seed}}
+    host = {"skipped": run.skipped, "best": run.best}
     with run.timer("checkpoint"):
         if run.checkpoints.is_due(run.step, force=force):
             run.metrics.flush()  # first: a run that goes on from a checkpoint goes on from metrics that reach up to it

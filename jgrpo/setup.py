@@ -74,7 +74,7 @@ class Run:
     data: PromptData
     validation: PromptData | None
     state: TrainState
-    reference: Params
+    ref_params: Params
     checkpoints: RunCheckpoints
     metrics: MetricsWriter
     progress: Progress
@@ -251,7 +251,7 @@ def start_run(config: RunConfig, objective: Objective, *, updates: int, referenc
         data=data,
         validation=validation,
         state=state,
-        reference=policy.trained,
+        ref_params=policy.trained,
         checkpoints=checkpoints,
         metrics=MetricsWriter(directory, step + 1, process_index=jax.process_index()),
         progress=progress,

@@ -54,7 +54,7 @@ def train_grpo(config: GRPOConfig, *, sampler: type[GroupSampler] = GroupSampler
             trees, packing = pack_completions(host.tokens, host.mask, groups.prompts.batch, policy.mesh)
             trees, ref_logp = place(trees, policy.mesh), None
             if grpo.beta > 0:
-                ref_logp = programs.score(run.reference, policy.frozen, *inputs, trees)
+                ref_logp = programs.score(run.ref_params, policy.frozen, *inputs, trees)
             with timer("score"):
                 jax.block_until_ready(ref_logp)
             with timer("reward_wait"):

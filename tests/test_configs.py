@@ -18,7 +18,7 @@ from jgrpo.config import GRPOConfig, GRPOOptions, SFTConfig, load_config
 from jgrpo.core.tree import pack, sort_rows
 from jgrpo.data.builders.build import names
 from jgrpo.data.built import parse_split
-from jgrpo.paper.recipes import TASKS
+from jgrpo.paper.recipes import CORPORA
 from jgrpo.paper.tables import COLUMNS, ROWS, base_row, paper_row
 from jgrpo.programs.steps import Targets, TrainState, grpo_objective, make_programs, sft_objective
 from jgrpo.runtime.optimiser import make_optimiser
@@ -156,7 +156,7 @@ def task_of(name):
 
 
 def test_every_task_can_be_built():
-    assert {task.data for task in TASKS.values()} <= set(names())
+    assert {task.data for task in CORPORA.values()} <= set(names())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -186,7 +186,7 @@ def test_the_header_tells_what_the_paper_has(name):
     assert (prompts, steps) == (config.prompts_per_step, config.num_steps)
     assert (steps - 1) * prompts < examples <= steps * prompts
     assert config.run_dir == f"runs/{name}"
-    assert config.data.train == f"data/{TASKS[task_of(name)].data}:train"
+    assert config.data.train == f"data/{CORPORA[task_of(name)].data}:train"
     assert parse_split(config.data.validation) and all(map(parse_split, config.data.test))
     assert Path(config.model.path).name.split("-")[-1] in name
 
@@ -202,7 +202,7 @@ def test_the_commands_of_the_header_work(name, monkeypatch):
     lines = [line.strip() for line in text.splitlines()]
     training = next(line for line in lines if line.startswith(("jgrpo sft", "jgrpo grpo")))
     build, *commands = [line for line in lines if line.startswith("jgrpo ")]
-    assert build == f"jgrpo data build {TASKS[task_of(name)].data} --manual-dir downloads --out data"
+    assert build == f"jgrpo data build {CORPORA[task_of(name)].data} --manual-dir downloads --out data"
     assert commands == [f"jgrpo eval {path} --policy {load_config(path).model.path}", training, f"jgrpo eval {path}"]
     commands += [f"{training} {line}" for line in lines if line.startswith("--run-dir")]
     joined = " ".join(lines)

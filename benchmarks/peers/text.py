@@ -41,7 +41,7 @@ class TextWorkload(Workload):
         )
         self.run = abstract_run(run_arrays(config, llama_config(size.model), make_mesh(config.mesh)), memory=UNLIMITED)
         self.params = random_params(self.run)
-        trained = self.run.reference
+        trained = self.run.ref_params
         self.frozen = {name: value for name, value in self.params.items() if name not in trained}
         copies = {name: jnp.array(self.params[name], jnp.float32, copy=True) for name in trained}
         self.state = self.run.programs.init(copies)

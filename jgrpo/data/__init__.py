@@ -3,7 +3,7 @@
 from jgrpo.data.examples import Example, Examples
 from jgrpo.data.manifest import read_manifest
 from jgrpo.data.mixture import Source
-from jgrpo.data.pipeline import PromptBatch, PromptData, PromptStream
+from jgrpo.data.pipeline import PromptBatch, PromptData
 from jgrpo.data.sources import read_examples
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Examples",
     "PromptBatch",
     "PromptData",
-    "PromptStream",
     "Source",
     "read_examples",
     "read_manifest",

@@ -37,7 +37,6 @@ class PromptBatch:
     Attributes:
         indices: which examples of the data the rows are.
         columns: a list of P values for each column of the data; None where an example lacks it.
-        valid: rows that count; those after them repeat others to fill the last batch of an evaluation.
         reference_tokens: the reference as a completion, end token included, padded with the pad id; None unless
             completion_tokens was given.
         reference_mask: true up to and including the end token.
@@ -48,10 +47,8 @@ class PromptBatch:
 
     batch: Batch
     indices: Int[np.ndarray, " P"]
-    prompts: list[str]
     references: list[str]
     columns: dict[str, list[Any]]
-    valid: int
     reference_tokens: Int[np.ndarray, "P 1 T"] | None = None
     reference_mask: Bool[np.ndarray, "P 1 T"] | None = None
     sources: Int[np.ndarray, " P"] | None = None
@@ -59,30 +56,13 @@ class PromptBatch:
     skipped: tuple[str, ...] = ()
 
 
-class PromptStream:
-    """An endless iterator over PromptBatch whose whole state is the number of batches taken."""
-
-    def __init__(self, dataset: grain.MapDataset, start_step: int, skipped: list[str]):
-        """Take what is skipped down in a list when a batch is taken, however early it was loaded."""
-        self._iterator = iter(dataset.to_iter_dataset(READ_OPTIONS))
-        self._skipped = skipped
-        self.set_state({"next_index": start_step})
-
-    def __iter__(self) -> "PromptStream":
-        return self
-
-    def __next__(self) -> PromptBatch:
-        batch = next(self._iterator)
-        self._skipped.extend(batch.skipped)
-        return batch
-
-    def state(self) -> dict[str, int]:
-        """Return {"next_index": the step whose batch comes next}."""
-        return {"next_index": self._iterator.get_state()["next_index"]}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Go to the batch of step `next_index`."""
-        self._iterator.set_state(state)
+def _from_step(dataset: grain.MapDataset, start_step: int, skipped: list[str]) -> Iterator[PromptBatch]:
+    """Give the batches from a step on; what one skipped is told when it is taken, however early it was loaded."""
+    iterator = iter(dataset.to_iter_dataset(READ_OPTIONS))
+    iterator.set_state({"next_index": start_step})
+    for batch in iterator:
+        skipped.extend(batch.skipped)
+        yield batch
 
 
 class PromptData:
@@ -175,11 +155,11 @@ class PromptData:
         needed = sorted({self._bucket(frames) for frames in set(self._frames.tolist())})
         return [(bucket, self._prompt_tokens(bucket)) for bucket in needed]
 
-    def stream(self, *, seed: int, start_step: int = 0) -> PromptStream:
+    def stream(self, *, seed: int, start_step: int = 0) -> Iterator[PromptBatch]:
         """Return the endless training stream: reshuffled every epoch, batches crossing from one into the next."""
         order = Order(self.counts, self._weights, seed=seed)
         steps = grain.MapDataset.range(STEPS).map(lambda step: self._draw(order, step, seed))
-        return PromptStream(steps, start_step, self._skipped)
+        return _from_step(steps, start_step, self._skipped)
 
     def further(self, *, seed: int, index: int) -> PromptBatch:
         """Return batch `index` of a stream in an order of its own, for prompts beside those of `stream`."""
@@ -190,7 +170,7 @@ class PromptData:
 
     def gather(self, indices: Int[np.ndarray, " N"]) -> PromptBatch:
         """Return these examples as the batch of a step, in the order given: the indices of all processes' rows."""
-        return self._load(indices, len(indices))
+        return self._load(indices)
 
     def epoch(self) -> Iterator[PromptBatch]:
         """Return all examples once, in order; the last batch repeats some of its rows to keep its shape.
@@ -202,7 +182,7 @@ class PromptData:
 
         def load(step: int) -> PromptBatch:
             rows = np.arange(step * size, min((step + 1) * size, len(self)))
-            return self._load(np.resize(rows, size), len(rows))
+            return self._load(np.resize(rows, size))
 
         return iter(grain.MapDataset.range(-(-len(self) // size)).map(load).to_iter_dataset(READ_OPTIONS))
 
@@ -226,7 +206,7 @@ class PromptData:
             clips.append(found)
         # The shape is that of the examples that were drawn: every process knows those.
         bucket = self._bucket(self._frames[rows].max())
-        return self._batch(np.array(indices), clips, bucket, valid=len(indices), skipped=tuple(skipped))
+        return self._batch(np.array(indices), clips, bucket, skipped=tuple(skipped))
 
     def _grouped(self, order: Order, step: int, seed: int, *purpose: int) -> Int[np.ndarray, " N"]:
         """Return the examples of a batch: those of a window of batches stand together by their buckets.
@@ -260,12 +240,11 @@ class PromptData:
                 return other, found
         raise UserError(f"nothing can be read that fits in the place of {self.examples.where(int(rows[row]))}")
 
-    def _load(self, rows: Int[np.ndarray, " N"], valid: int) -> PromptBatch:
+    def _load(self, rows: Int[np.ndarray, " N"]) -> PromptBatch:
         """Make this process's part of the batch of examples `rows`; all processes choose the shape of the whole."""
         indices = rows[self._rows]
         clips = [self._read(index) for index in indices.tolist()]
-        own = int((self._rows < valid).sum())
-        return self._batch(indices, clips, self._bucket(self._frames[rows].max()), valid=own)
+        return self._batch(indices, clips, self._bucket(self._frames[rows].max()))
 
     def _read(self, index: int) -> Features:
         try:
@@ -281,8 +260,6 @@ class PromptData:
         indices: Int[np.ndarray, " P"],
         clips: list[Features],
         bucket: int,
-        *,
-        valid: int,
         skipped: tuple[str, ...] = (),
     ) -> PromptBatch:
         examples, chosen = self.examples, indices.tolist()
@@ -295,10 +272,8 @@ class PromptData:
                 num_clips=self._num_clips,
             ),
             indices=indices,
-            prompts=[examples.prompts[i] for i in chosen],
             references=[examples.references[i] for i in chosen],
             columns={name: [values[i] for i in chosen] for name, values in examples.columns.items()},
-            valid=valid,
             sources=self._source[indices] if self.sources else None,
             source_names=self.sources,
             skipped=skipped,

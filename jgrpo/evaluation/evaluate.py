@@ -31,7 +31,7 @@ from model_port.processor import Processor
 
 EVALUATION = 2  # the purpose folded into a key; see jgrpo.rollout.scoring for training's
 
-Scores = Mapping[str, CorpusScore]  # of one pass, by metric
+PassScores = Mapping[str, CorpusScore]  # of one pass, by metric
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one policy on one data set.
+    """PassScores of one policy on one data set.
 
     Attributes:
         sampled: of each sampled pass, in the order of the seeds.
@@ -71,9 +71,9 @@ class Evaluation:
     """
 
     passes: Passes
-    sampled: tuple[Scores, ...]
-    greedy: Scores | None
-    beam: Scores | None
+    sampled: tuple[PassScores, ...]
+    greedy: PassScores | None
+    beam: PassScores | None
     seconds: float
     predictions: list[dict[str, Any]]
 
@@ -110,10 +110,10 @@ class Evaluation:
             "seconds": self.seconds,
         }
 
-    def _any_pass(self) -> Scores:
+    def _any_pass(self) -> PassScores:
         return next(scores for scores in (*self.sampled, self.greedy, self.beam) if scores is not None)
 
-    def _decoded(self, value: Callable[[Scores], float]) -> dict[str, Any]:
+    def _decoded(self, value: Callable[[PassScores], float]) -> dict[str, Any]:
         """Return one number of every pass."""
         scores = [value(scores) for scores in self.sampled]
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
@@ -124,7 +124,7 @@ class Evaluation:
         }
 
 
-def paper_average(scores: Scores) -> float:
+def paper_average(scores: PassScores) -> float:
     """Return the plain mean of the paper's six metrics."""
     return statistics.fmean(scores[name].value for name in COLUMNS)
 
@@ -168,7 +168,7 @@ def evaluate(
     references = [row["reference"] for row in rows]
     columns = {name: [row["columns"][name] for row in rows] for name in data.examples.columns}
 
-    def scores(texts: list[str]) -> Scores:
+    def scores(texts: list[str]) -> PassScores:
         return corpus_scores(config.eval.metrics, texts, references, config.metrics, columns=columns)
 
     return Evaluation(

@@ -25,7 +25,7 @@ Size = Literal["2b", "8b"]
 
 
 @dataclass(frozen=True)
-class Task:
+class Corpus:
     """A data set of the paper.
 
     Attributes:
@@ -42,11 +42,11 @@ class Task:
     bertscore_model: str
 
 
-TASKS = {
+CORPORA = {
     # 107K pairs, of which 20 % become the validation set [P]: 0.8 x 107,000. LibriSpeech utterances last up to 35 s.
-    "librisqa": Task("librisqa/part1", 85_600, (16.0, 25.0, 36.0), "models/roberta-large"),
+    "librisqa": Corpus("librisqa/part1", 85_600, (16.0, 25.0, 36.0), "models/roberta-large"),
     # 220K [P]; the official set has 289,430. Common Voice clips are short.
-    "covost2_en_de": Task("covost2/en_de", 220_000, (8.0, 12.0, 36.0), "models/bert-base-multilingual-cased"),
+    "covost2_en_de": Corpus("covost2/en_de", 220_000, (8.0, 12.0, 36.0), "models/bert-base-multilingual-cased"),
 }
 
 GRPO_PROMPTS = 6  # x G = 8: 48 completions a step [LEAF], the upper end of the paper's batch sizes 12 to 48 [P]
@@ -60,7 +60,7 @@ VALIDATION = "validation[:2000]"
 
 def sft_run(task: str, size: Size, *, name: str, paper: str | None) -> SFTConfig:
     """Return supervised fine-tuning for one epoch [IBM; the paper searched 1 to 10]."""
-    steps = -(-TASKS[task].examples // SFT_PROMPTS)
+    steps = -(-CORPORA[task].examples // SFT_PROMPTS)
     return SFTConfig(
         num_steps=steps,
         prompts_per_step=SFT_PROMPTS,
@@ -79,7 +79,7 @@ def grpo_run(task: str, size: Size, *, name: str, paper: str | None, **grpo: Any
     Args:
         grpo: fields of GRPOOptions in which the run differs from the paper's main one.
     """
-    steps = -(-TASKS[task].examples // GRPO_PROMPTS)
+    steps = -(-CORPORA[task].examples // GRPO_PROMPTS)
     options = {
         "num_samples": 8,  # [P] "yielded stable training", of 4 to 12
         "beta": 0.02,  # [P] likewise, of 0 to 0.04
@@ -104,7 +104,7 @@ def grpo_run(task: str, size: Size, *, name: str, paper: str | None, **grpo: Any
 
 def _common(task: str, size: Size, *, name: str, paper: str | None, steps: int) -> dict[str, Any]:
     """Return the fields that all runs share."""
-    data = f"data/{TASKS[task].data}"
+    data = f"data/{CORPORA[task].data}"
     return {
         "run_dir": f"runs/{name}",
         "paper": paper,
@@ -119,7 +119,7 @@ def _common(task: str, size: Size, *, name: str, paper: str | None, steps: int) 
             train=f"{data}:train",
             validation=f"{data}:{VALIDATION}",
             test=(f"{data}:test",),
-            audio_buckets=TASKS[task].audio_buckets,
+            audio_buckets=CORPORA[task].audio_buckets,
             max_prompt_tokens=256,  # [P]; that audio does not count is [ours]
             unfit="drop",  # [ours] of hundreds of thousands some are too long; the run says how many, and which
         ),
@@ -137,7 +137,7 @@ def _common(task: str, size: Size, *, name: str, paper: str | None, steps: int) 
             # Also for German: the paper's ROUGE is presumably that of rouge-score, which cuts words at umlauts.
             rouge_tokenizer="ascii",
             # METEOR has no synonyms unless metrics.meteor_wordnet is given; its label says so.
-            bertscore_model=TASKS[task].bertscore_model,
+            bertscore_model=CORPORA[task].bertscore_model,
         ),
         "checkpoint": CheckpointOptions(every=200),
     }

@@ -44,7 +44,7 @@ class Arrays:
     """What a run holds on its devices all the time.
 
     Attributes:
-        reference: the trained parameters in the model's dtype, as they were loaded.
+        ref_params: the trained parameters in the model's dtype, as they were loaded.
     """
 
     config: RunConfig
@@ -53,7 +53,7 @@ class Arrays:
     definition: ModelDef
     optimiser: optax.GradientTransformation
     state: TrainState
-    reference: Shapes
+    ref_params: Shapes
     frozen: Shapes
 
     @property
@@ -150,7 +150,7 @@ def run_arrays(config: RunConfig, model: GraniteSpeechConfig, mesh: Mesh) -> Arr
         definition=definition,
         optimiser=optimiser,
         state=TrainState(params=trained, opt_state=_optimiser_state(optimiser.init, trained, mesh)),
-        reference={name: loaded[name] for name in trained},
+        ref_params={name: loaded[name] for name in trained},
         frozen={name: leaf for name, leaf in loaded.items() if name not in trained},
     )
 
@@ -191,9 +191,9 @@ def chip_bytes(tree) -> float:
 
 def parameters(run: Arrays, pattern: re.Pattern) -> tuple[int, int]:
     """Return how many parameters match in products, and how many of them are trained."""
-    every = {**run.frozen, **run.reference}
+    every = {**run.frozen, **run.ref_params}
     sizes = {name: math.prod(leaf.shape) for name, leaf in every.items() if pattern.fullmatch(name)}
-    return sum(sizes.values()), sum(size for name, size in sizes.items() if name in run.reference)
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if name in run.ref_params)
 
 
 def decoder_flops(

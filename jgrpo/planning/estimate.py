@@ -31,7 +31,7 @@ class Estimate:
 
 def estimate(run: Arrays, clip: Clip, chip: Chip, lengths: Lengths = LONGEST) -> Estimate:
     """Return the estimate for prompts with a clip of this bucket: of memory for the longest completions."""
-    resident = chip_bytes([run.state, run.reference, run.frozen])
+    resident = chip_bytes([run.state, run.ref_params, run.frozen])
     return Estimate(resident + max(_cache(run, clip), _update(run, clip)), _seconds(run, clip, chip, lengths))
 
 

@@ -111,7 +111,7 @@ def measure(run: AbstractRun, call: Call, compiler: Callable[[Call, Mesh], Compi
     """Compile a call of the run and count what it does."""
     found = compiler(call, run.mesh)
     chips = run.mesh.size
-    own = chip_bytes([call.arguments, run.state, run.reference, run.frozen])
+    own = chip_bytes([call.arguments, run.state, run.ref_params, run.frozen])
     read = found.memory.arguments if found.text else chip_bytes(call.arguments)
     beside = max(0.0, own - read)
     temporaries = found.memory.temporaries * call.at_a_time

@@ -117,7 +117,7 @@ class Planner:
         resident = {
             "trained": chip_bytes(run.state.params),
             "optimiser": chip_bytes(run.state.opt_state),
-            "reference": chip_bytes(run.reference),
+            "reference": chip_bytes(run.ref_params),
             "frozen": chip_bytes(run.frozen),
         }
         programs = []

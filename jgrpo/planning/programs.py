@@ -134,7 +134,7 @@ def _training_calls(run: AbstractRun, clip: Clip, expected: Layout) -> list[Call
         found += _layout(run)
         found.append(_rollout(run, clip, "rollout", rows, sampled, options, times=grpo.rollout_chunks))
         if grpo.beta > 0:
-            arrays, program = (run.reference, run.frozen, *_inputs(run, clip, prompts)), programs.score.__wrapped__
+            arrays, program = (run.ref_params, run.frozen, *_inputs(run, clip, prompts)), programs.score.__wrapped__
             for layout, name in sizes:
                 inputs, flops = (*arrays, _trees(run, prompts, layout)), score_flops(run, clip, prompts, layout)
                 found.append(Call(f"score{name}", program, inputs, times=layout == expected, flops=flops))

@@ -66,7 +66,7 @@ def test_what_is_dropped_is_named_and_counted(make_data, rows, tmp_path, options
     for batch in itertools.islice(data.stream(seed=0), 3):
         for p, text in enumerate(batch.references):
             k = len(text) - 1
-            assert batch.prompts[p] == rows[k]["prompt"]
+            assert data.examples.prompts[batch.indices[p]] == rows[k]["prompt"]
             assert batch.batch.lengths[p, 0] == int(SECONDS[k] * 50)
             if batch.reference_tokens is not None:
                 assert batch.reference_mask[p].sum() == k + 2

@@ -90,7 +90,7 @@ def test_rows_belong_together(make_data):
         for p, (index, source) in enumerate(zip(batch.indices.tolist(), batch.sources.tolist(), strict=True)):
             example = data.examples[index]
             assert source == np.searchsorted(np.cumsum(data.counts), index, side="right")
-            assert (batch.prompts[p], batch.references[p]) == (example.prompt, example.reference)
+            assert batch.references[p] == example.reference
             assert {name: values[p] for name, values in batch.columns.items()} == example.columns
             text = ("topic", "question", "sentence")[source]
             assert [name for name in ("topic", "question", "sentence") if example.columns[name]] == [text]
