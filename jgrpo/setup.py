@@ -38,8 +38,8 @@ from model_port.params import ModelDef, Params, select, split_model
 from model_port.partition import make_mesh, param_shardings
 from model_port.paths import as_path
 from model_port.processor import Processor
+from model_port.weights.config_files import read_config
 from model_port.weights.convert import directory_kind, load_model
-from model_port.weights.side_files import read_config
 from model_port.weights.tree import abstract_model
 
 DROPPED = "dropped.jsonl"  # in the run directory

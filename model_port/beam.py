@@ -22,7 +22,6 @@ from model_port.batch import Batch, Completions, struct
 from model_port.decoder import unrolled_on
 from model_port.errors import UserError
 from model_port.model import GraniteSpeech, has_audio, last_hidden
-from model_port.partition import stationary_weights
 
 NEVER = -1e9  # score of what must not be chosen, as in transformers; finite, so that sums stay ordered
 
@@ -125,10 +124,10 @@ def search_completions(
     def extend(state):
         t, beams, cache, finished, going = state
         last = jax.lax.dynamic_index_in_dim(beams.tokens, t - 1, axis=2, keepdims=False)
-        with stationary_weights(stationary):
-            x = model.embed_completions(last)
-            hidden, cache = model.decoder.step(x, layers, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
-            logits = model.policy_logits(hidden)
+        x = model.embed_completions(last)
+        step = {"use_lora": use_lora, "stationary": stationary}
+        hidden, cache = model.decoder.step(x, layers, prefix, batch.mask, cache, t - 1, **step)
+        logits = model.policy_logits(hidden)
         beams, parent, finished, going = advance(beams, finished, going, logits, t)
         cache = jax.tree.map(lambda store: _of_parents(store, parent), cache)
         return t + 1, beams, cache, finished, going

@@ -14,8 +14,8 @@ from model_port.generate import check_sampling, generate
 from model_port.libraries import keep_compiled
 from model_port.processor import Processor
 from model_port.weights import convert
+from model_port.weights.comparison import PROMPT
 from model_port.weights.inspection import inspect
-from model_port.weights.stages import PROMPT
 from model_port.weights.verify import verify
 
 

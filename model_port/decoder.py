@@ -26,7 +26,8 @@ from model_port.layers import (
     run_layers,
     unstack,
 )
-from model_port.partition import constrain, constrain_heads, constrain_stationary, constrain_stream
+from model_port.lora import adapt
+from model_port.partition import constrain, constrain_features, constrain_heads, constrain_stream
 
 # Keys and values of all n layers, stacked; or, where layers are unrolled, of each.
 KeysValues = (
@@ -74,9 +75,9 @@ class MLP(nnx.Module):
         self.up_proj = linear("up_proj", config.hidden_size, config.intermediate_size, axes=("embed", "mlp"))
         self.down_proj = linear("down_proj", config.intermediate_size, config.hidden_size, axes=("mlp", "embed"))
 
-    def __call__(self, x: Float[Array, "P N D"], use_lora: bool) -> Float[Array, "P N D"]:
+    def __call__(self, x: Float[Array, "P N D"], use_lora: bool, stationary: bool) -> Float[Array, "P N D"]:
         hidden = _gated(self.gate_proj(x, use_lora), self.up_proj(x, use_lora))
-        return self.down_proj(constrain_stationary(hidden, "tensor"), use_lora)
+        return self.down_proj(constrain_features(hidden, stationary), use_lora)
 
 
 @recomputed
@@ -91,8 +92,10 @@ class Layer(nnx.Module):
         kw = {"rngs": rngs, "stack": stack, "dtype": dtype}
 
         def linear(name, in_size, out_size, *, axes):
-            adapter = lora if lora and name in lora.target_modules else None
-            return Linear(in_size, out_size, axes=axes, bias=False, lora=adapter, **kw)
+            made = Linear(in_size, out_size, axes=axes, bias=False, **kw)
+            if lora and name in lora.target_modules:
+                adapt(made, lora, rngs=rngs)
+            return made
 
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kw)
         self.self_attn = SelfAttention(config, linear)
@@ -100,14 +103,19 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, linear)
         self.residual_multiplier = config.residual_multiplier
 
-    def __call__(self, x: Float[Array, "P N D"], cos_sin, look: Callable, use_lora: bool):
-        """Return the new stream and what `look(q, k, v) -> ([P, N, H, h], extra)` hands out besides."""
+    def __call__(self, x: Float[Array, "P N D"], cos_sin, look: Callable, use_lora: bool, stationary: bool = False):
+        """Return the new stream and what `look(q, k, v) -> ([P, N, H, h], extra)` hands out besides.
+
+        Args:
+            stationary: whether the weights stay split over fsdp, and activations travel (model_port.partition).
+        """
         residual = jnp.asarray(self.residual_multiplier, x.dtype)
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos_sin, use_lora)
         out, extra = look(q, k, v)
-        out = constrain_stationary(out.reshape(*x.shape[:2], -1), "tensor")
-        x = constrain_stream(x + residual * self.self_attn.o_proj(out, use_lora))
-        return constrain_stream(x + residual * self.mlp(self.post_attention_layernorm(x), use_lora)), extra
+        out = constrain_features(out.reshape(*x.shape[:2], -1), stationary)
+        x = constrain_stream(x + residual * self.self_attn.o_proj(out, use_lora), stationary)
+        hidden = self.mlp(self.post_attention_layernorm(x), use_lora, stationary)
+        return constrain_stream(x + residual * hidden, stationary), extra
 
 
 class Decoder(nnx.Module):
@@ -162,6 +170,7 @@ class Decoder(nnx.Module):
         t,
         *,
         use_lora: bool,
+        stationary: bool = False,
     ) -> tuple[Float[Array, "P G D"], Cache]:
         """Run the t-th completion token of all samples; return hidden states and the cache with slot t written.
 
@@ -182,7 +191,7 @@ class Decoder(nnx.Module):
                 out = self._attend(q, Part(*prompt, prefix_mask[:, None, None]), Part(*completion, so_far))
                 return out[:, :, 0], changed
 
-            x, cache = layer(x, tables, look, use_lora)
+            x, cache = layer(x, tables, look, use_lora, stationary)
             return (x, cache), None
 
         indices = range(len(layers)) if isinstance(layers, list) else jnp.arange(self.config.num_hidden_layers)

@@ -13,7 +13,6 @@ from model_port.batch import Batch, Completions
 from model_port.decoder import grow_cache, thin_cache, unrolled_on
 from model_port.errors import UserError
 from model_port.model import GraniteSpeech, has_audio, last_hidden
-from model_port.partition import stationary_weights
 from model_port.sampling import row_keys, sample
 
 FIRST_STAGE = 32  # slots of a cache at most
@@ -128,10 +127,10 @@ def sample_completions(
 
     def decode(keys, limits, state):
         t, token, running, cache, out = state
-        with stationary_weights(stationary):
-            x = model.embed_completions(token)
-            hidden, cache = model.decoder.step(x, layers, prefix, batch.mask, cache, t - 1, use_lora=use_lora)
-            logits = model.policy_logits(hidden)
+        x = model.embed_completions(token)
+        step = {"use_lora": use_lora, "stationary": stationary}
+        hidden, cache = model.decoder.step(x, layers, prefix, batch.mask, cache, t - 1, **step)
+        logits = model.policy_logits(hidden)
         token, logp = draw(keys, logits, t)
         out, token, running = write(limits, out, t, token, logp, running)
         return t + 1, token, running, cache, out

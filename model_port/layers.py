@@ -98,31 +98,15 @@ def _contract_backward(spec, saved, slope):
 contract.defvjp(_contract_forward, _contract_backward)
 
 
-class LoRA(nnx.Module):
-    """The low-rank update scaling * (x A) B of a linear layer. Source: PEFT LoraLayer, without dropout."""
-
-    def __init__(
-        self, in_size: int, out_size: int, *, axes, rank: int, scaling: float, rngs, stack=(), dtype=jnp.float32
-    ):
-        common = {"rngs": rngs, "stack": stack, "dtype": dtype}
-        self.a = parameter((in_size, rank), (axes[0], None), init="normal", **common)
-        self.b = parameter((rank, out_size), (None, axes[1]), init="zeros", **common)
-        self.scaling = scaling
-
-    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        a, b = (matrix[...].astype(x.dtype) for matrix in (self.a, self.b))
-        return product(product(x, a), b) * jnp.asarray(self.scaling, x.dtype)
-
-
 class Linear(nnx.Module):
-    """y = x W + b, with an optional LoRA adapter under `lora`; the kernel is [in, out] or [in, parts, out]."""
+    """y = x W + b, and what an adapter under `lora` adds; the kernel is [in, out] or [in, parts, out]."""
 
-    def __init__(self, in_size: int, out_size, *, axes: tuple, rngs, stack=(), dtype=jnp.float32, bias=True, lora=None):
+    def __init__(self, in_size: int, out_size, *, axes: tuple, rngs, stack=(), dtype=jnp.float32, bias=True):
         out_shape = out_size if isinstance(out_size, tuple) else (out_size,)
         common = {"rngs": rngs, "stack": stack, "dtype": dtype}
         self.kernel = parameter((in_size, *out_shape), axes, init="normal", **common)
         self.bias = parameter(out_shape, axes[1:], init="zeros", **common) if bias else None
-        self.lora = LoRA(in_size, out_size, axes=axes, rank=lora.rank, scaling=lora.scaling, **common) if lora else None
+        self.lora = None
 
     def __call__(self, x: Float[Array, "*B I"], use_lora: bool = True) -> Float[Array, "..."]:
         y = product(x, self.kernel[...].astype(x.dtype))

@@ -8,10 +8,8 @@ whole over fsdp, so that a token moves no weights. Stationary: as in training, w
 it is the activations of a token that travel, which are small, and each device multiplies by the part that it has.
 """
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -39,9 +37,6 @@ TRAINING = {
 
 GATHERED = {axis: mesh_axis for axis, mesh_axis in TRAINING.items() if mesh_axis != "fsdp"}
 ROLLOUT = {"gathered": GATHERED, "stationary": TRAINING}
-
-# Whether what is traced now decodes with stationary weights.
-_stationary = contextvars.ContextVar("stationary", default=False)
 
 
 @dataclass(frozen=True)
@@ -104,37 +99,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-@contextlib.contextmanager
-def stationary_weights(on: bool) -> Iterator[None]:
-    """Let `constrain_stream` lay activations out for weights that stay where they are, in what is traced inside."""
-    token = _stationary.set(on)
-    try:
-        yield
-    finally:
-        _stationary.reset(token)
-
-
 def constrain(x: jax.Array, axis: int = 0) -> jax.Array:
     """Keep the prompt axis of an activation split over data and fsdp, where a mesh is set; else return it as it is."""
     return _constrain(x, PartitionSpec(*(None,) * axis, BATCH_AXES))
 
 
-def constrain_stream(x: jax.Array) -> jax.Array:
+def constrain_stream(x: jax.Array, stationary: bool) -> jax.Array:
     """Lay out the residual stream [P, ..., D]: split by prompts, or with stationary weights by features over fsdp."""
-    if not _stationary.get():
+    if not stationary:
         return constrain(x)
     return _constrain(x, PartitionSpec("data", *(None,) * (x.ndim - 2), "fsdp"))
 
 
-def constrain_stationary(x: jax.Array, axis: str | None) -> jax.Array:
-    """With stationary weights, lay out an activation [P, ..., features]: all prompts of a data shard on every device.
-
-    Args:
-        axis: of the mesh, over which the features are split.
-    """
-    if not _stationary.get():
+def constrain_features(x: jax.Array, stationary: bool) -> jax.Array:
+    """With stationary weights, split [P, ..., features] over tensor: all prompts of a data shard on every device."""
+    if not stationary:
         return x
-    return _constrain(x, PartitionSpec("data", *(None,) * (x.ndim - 2), axis))
+    return _constrain(x, PartitionSpec("data", *(None,) * (x.ndim - 2), "tensor"))
 
 
 def constrain_heads(x: jax.Array, axis: int = 0) -> jax.Array:

@@ -26,7 +26,7 @@ from model_port.features import SAMPLE_RATE, num_frames
 from model_port.params import ModelDef, select, split_model
 from model_port.partition import TRAINING, param_shardings
 from model_port.published import PUBLISHED
-from model_port.weights.side_files import read_config
+from model_port.weights.config_files import read_config
 from model_port.weights.tree import abstract_model
 
 Shapes = dict[str, jax.ShapeDtypeStruct]

@@ -1,7 +1,7 @@
 """Arrays that are still to be read, written into the files of an Orbax checkpoint: zarr 2, without compression.
 
 Orbax itself needs a whole stack in memory and hands the system a chunk at a time, which then takes most of the time:
-see side_files.write_pieces.
+see writing.write_pieces.
 """
 
 import functools
@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from etils import epath
 
+from model_port.weights.config_files import read_json, to_json
 from model_port.weights.lazy import Layer, LazyArray, Scratch, copy, in_threads
-from model_port.weights.side_files import read_json, to_json, write_pieces
+from model_port.weights.writing import write_pieces
 
 CHUNK_BYTES = 2**23
 

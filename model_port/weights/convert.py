@@ -18,8 +18,8 @@ from model_port.errors import UserError
 from model_port.model import GraniteSpeech
 from model_port.partition import param_shardings
 from model_port.weights import hf_files, hf_writer, names, orbax_files, tree
+from model_port.weights.config_files import CONFIG, read_config
 from model_port.weights.lazy import Layer, LazyArray, cast, layers, load
-from model_port.weights.side_files import CONFIG, read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 LORA = ("keep", "merge", "none")

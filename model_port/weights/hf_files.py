@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.weights import names, tree
+from model_port.weights.config_files import ADAPTER_CONFIG, CONFIG, read_config, read_json
 from model_port.weights.lazy import LazyArray, Scratch
-from model_port.weights.side_files import ADAPTER_CONFIG, CONFIG, read_config, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -12,17 +12,10 @@ from etils import epath
 
 from model_port.config import GraniteSpeechConfig
 from model_port.weights import names
+from model_port.weights.config_files import ADAPTER_CONFIG, read_json, to_json, write_config_files
 from model_port.weights.hf_files import ADAPTER, DTYPES, INDEX, SINGLE
 from model_port.weights.lazy import contiguous, layers
-from model_port.weights.side_files import (
-    ADAPTER_CONFIG,
-    check_space,
-    read_json,
-    to_json,
-    write_pieces,
-    write_side_files,
-    written_aside,
-)
+from model_port.weights.writing import check_space, write_pieces, written_aside
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -71,7 +64,7 @@ def write_hf(
     dtype = np.dtype(arrays[names.EMBEDDING].dtype).name
     with written_aside(path) as partial:
         check_space(partial, sum(spec.nbytes for spec in _specs(entries, arrays)))
-        write_side_files(partial, config, source_dir=source_dir, dtype=dtype)
+        write_config_files(partial, config, source_dir=source_dir, dtype=dtype)
         _write_base(partial, base, arrays, max_shard_bytes, progress)
         if adapter:
             _write_file(partial / ADAPTER, _specs(adapter, arrays), _tensors(adapter, arrays), progress)

@@ -13,8 +13,8 @@ from model_port.config import GraniteSpeechConfig, LoraConfig
 from model_port.errors import UserError
 from model_port.published import PUBLISHED
 from model_port.weights import convert, hf_files, names, orbax_files, tree
+from model_port.weights.config_files import ADAPTER_CONFIG, read_json
 from model_port.weights.lazy import LazyArray
-from model_port.weights.side_files import ADAPTER_CONFIG, read_json
 
 COMPONENTS = ("encoder", "BatchNorm statistics", "projector", "embedding", "decoder", "head", "adapter")
 

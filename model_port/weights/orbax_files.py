@@ -23,15 +23,9 @@ from model_port.errors import UserError
 from model_port.libraries import quiet
 from model_port.paths import absolute, is_remote
 from model_port.weights import chunk_files, names
+from model_port.weights.config_files import read_config, read_json, to_json, write_config_files
 from model_port.weights.lazy import LazyArray
-from model_port.weights.side_files import (
-    check_space,
-    read_config,
-    read_json,
-    to_json,
-    write_side_files,
-    written_aside,
-)
+from model_port.weights.writing import check_space, written_aside
 
 MANIFEST = "model_port.json"
 PARAMS = "params"
@@ -98,7 +92,7 @@ def write_orbax(
         check_space(partial, sum(array.nbytes for array in arrays.values()))
         _write_params(partial / PARAMS, arrays, progress)
         if leader:
-            write_side_files(partial, config, source_dir=source_dir)
+            write_config_files(partial, config, source_dir=source_dir)
             (partial / MANIFEST).write_bytes(to_json(manifest))
 
 

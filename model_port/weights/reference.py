@@ -16,8 +16,8 @@ from model_port.config import GraniteSpeechConfig
 from model_port.features import SAMPLE_RATE
 from model_port.libraries import quiet
 from model_port.weights import hf_files, names
+from model_port.weights.config_files import ADAPTER_CONFIG, read_json, to_json
 from model_port.weights.lazy import cast
-from model_port.weights.side_files import ADAPTER_CONFIG, read_json, to_json
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from etils import epath
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.weights import convert, hf_files, names, tree
+from model_port.weights.comparison import PROMPT, Options, Stage, compare_models
+from model_port.weights.config_files import COPIED
 from model_port.weights.inspection import COMPONENTS, component_of
 from model_port.weights.lazy import cast, contiguous, layers
-from model_port.weights.side_files import COPIED
-from model_port.weights.stages import PROMPT, Options, Stage, compare_models
 
 
 @dataclass

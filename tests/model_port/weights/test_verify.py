@@ -201,7 +201,7 @@ def test_merged_and_cast_without_a_tokenizer(src, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "peft"])
 def test_without_a_package_the_tensors_are_compared(src, monkeypatch, package):
-    monkeypatch.setattr("model_port.weights.stages._inputs", lambda *args: (None, None))
+    monkeypatch.setattr("model_port.weights.comparison._inputs", lambda *args: (None, None))
     monkeypatch.setitem(sys.modules, package, None)
     found = verify(src, src)
     assert found.passed and found.stages == [] and found.tensors["encoder"].equal
