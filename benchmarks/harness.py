@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,10 +18,10 @@ from typing import Any
 
 import jax
 
+from jgrpo.about import versions
 from model_port.errors import UserError
 from model_port.published import PUBLISHED
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "sacrebleu")
 ROOT = Path(__file__).parent.parent
 MODELS = ("demo", "tiny", *PUBLISHED)
 
@@ -200,17 +199,6 @@ def _cpu() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that figures depend on, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def arguments(description: str, *, rounds: int = 5, lengths: bool = False, **defaults: Any) -> argparse.ArgumentParser:

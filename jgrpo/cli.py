@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import model_port.cli
+from jgrpo.about import describe
 from model_port.errors import UserError
 
 USAGE = """\
@@ -24,6 +25,7 @@ usage: jgrpo COMMAND ...
 
 Every field of a config is an option: jgrpo grpo configs/demo_grpo.py --num-steps 20 --mesh.data 2
 `jgrpo grpo --help` lists them with their defaults, `jgrpo grpo CONFIG.py --help` with the values of that file.
+`jgrpo --version` names versions, commit and devices.
 """
 
 # The function of each; its room is imported when it is asked for, so that help and mistakes cost no time.
@@ -43,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(describe())
+        return 0
     command, rest = arguments[0], arguments[1:]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import re
 import shlex
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import jax
@@ -177,8 +178,10 @@ def test_the_header_tells_what_the_paper_has(name):
     config, text = load_config(CONFIGS[name]), header(name)
     rows = {config.paper, "librisqa/2b/grpo" if "_grpo_" in name else base_row(config.paper)}
     for key in rows:
-        values = [*ROWS[key], sum(ROWS[key]) / len(COLUMNS)]
-        assert re.search(" +".join(f"{value:.2f}" for value in values), text), key
+        # As decimals: one mean lies halfway between two figures, where floats round as their version of Python sums.
+        average = sum(Decimal(str(value)) for value in ROWS[key]) / len(COLUMNS)
+        values = [*(f"{value:.2f}" for value in ROWS[key]), str(average.quantize(Decimal("0.01"), ROUND_HALF_UP))]
+        assert re.search(" +".join(values), text), key
     examples, prompts, steps = (
         int(number.replace(",", ""))
         for number in re.search(r"([\d,]+) / (\d+) prompts = ([\d,]+) steps", text).groups()

@@ -1,9 +1,10 @@
 """The demo: a small Granite Speech learns by reinforcement from BLEU, on real audio, on this machine.
 
 convert -> evaluate -> GRPO -> SFT for the same time -> evaluate both -> export, then a table, a picture and a few
-completions. The files come from demo/ and configs/, so it runs from the root of the repository.
+completions. The files come from demo/ and configs/ of the checkout that it is started in, or else of the package.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from jgrpo.about import DATA
 from jgrpo.commands.evaluate import evaluate_model
 from jgrpo.config import RunConfig, load_config, with_model
 from jgrpo.data.sources import set_names
@@ -53,11 +55,17 @@ def demo(run_dir: Path, *, seed: int = 0) -> dict[str, Any]:
     """Run everything under `run_dir` and return the summary that is also written there; an earlier demo is replaced.
 
     Raises:
-        UserError: started somewhere else than in the repository, or `run_dir` holds something else than a demo.
+        UserError: a package without the files, or `run_dir` holds something else than a demo.
     """
-    missing = [path for path in NEEDED if not Path(path).exists()]
-    if missing:
-        raise UserError(f"the demo runs from the root of the repository; not found here: {', '.join(missing)}")
+    roots = [root for root in (Path.cwd(), DATA) if all((root / path).exists() for path in NEEDED)]
+    if not roots:
+        raise UserError(f"the demo needs {', '.join(NEEDED)}: start it in the root of a checkout, or install the wheel")
+    run_dir = run_dir if roots[0] == Path.cwd() else run_dir.absolute()
+    with contextlib.chdir(roots[0]):
+        return _demo(run_dir, seed)
+
+
+def _demo(run_dir: Path, seed: int) -> dict[str, Any]:
     timer, base, results = PhaseTimer(), run_dir / "base", {}
     if run_dir.exists():
         if any(run_dir.iterdir()) and not (base / "model_port.json").exists():

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from jgrpo.about import DATA
 from jgrpo.config.checks import check_least, check_types
 from jgrpo.config.options import (
     CheckpointOptions,
@@ -291,14 +292,16 @@ def _weights(components: tuple[str, ...], weights: tuple[float, ...]) -> dict[st
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Run a config file and return what its `get_config()` gives.
+    """Run a config file, one's own or one of the project's by name, and return what its `get_config()` gives.
 
     Raises:
         UserError: no such file, no `get_config`, an unknown field, or something else than a run config.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"config file {path} does not exist; the project's own are in configs/")
+        if not (DATA / path).is_file():
+            raise UserError(f"config file {path} does not exist; the project's own are in configs/")
+        path = DATA / path
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None:
         raise UserError(f"config file {path} is not a Python file; it must define get_config()")

@@ -5,6 +5,7 @@ import json
 import os
 from typing import Any
 
+from jgrpo.about import made_by
 from jgrpo.config import RunConfig
 from model_port.errors import UserError
 from model_port.paths import as_path, write_whole
@@ -37,6 +38,7 @@ def check_same_run(config: RunConfig, path: str | os.PathLike) -> None:
         saved = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove it, or use another --run-dir") from error
+    saved.pop("made_by", None)
     old, new = _flatten(saved), _flatten(_resolved(config))
     changed = [
         name
@@ -51,8 +53,8 @@ def check_same_run(config: RunConfig, path: str | os.PathLike) -> None:
 
 
 def save_config(config: RunConfig, path: str | os.PathLike) -> None:
-    """Write the resolved config as JSON, with the kind of run."""
-    write_whole(path, json.dumps(_resolved(config), indent=2) + "\n")
+    """Write the resolved config as JSON with the kind of run; `made_by` has commit, command line and versions."""
+    write_whole(path, json.dumps({**_resolved(config), "made_by": made_by()}, indent=2) + "\n")
 
 
 def _resolved(config: RunConfig) -> dict[str, Any]:

@@ -2,12 +2,10 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import sys
 import threading
 import traceback
@@ -19,12 +17,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-import model_port
+from jgrpo.about import code_digest, versions
 from jgrpo.config import DistributedOptions
 from jgrpo.runtime.stop import Stopped
 from model_port.errors import UserError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "sacrebleu", "numpy")
 MAX_SHOWN = 5
 # What a collective says when the process at its other end has died.
 PEER_GONE = ("Connection reset by peer", "Connection closed by peer", "Socket closed", "Broken pipe")
@@ -160,23 +157,12 @@ def _announce_absence(options: DistributedOptions) -> threading.Timer:
 
 def _facts(config: Any) -> dict[str, str]:
     """Return what must be alike everywhere, as {name: text}."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     options = {**dataclasses.asdict(config), "distributed": None}
     return {
-        "Python": platform.python_version(),
-        **versions,
-        "code": _code_digest(),
+        **versions(),
+        "code": code_digest(),
         **{f"config {name}": json.dumps(value) for name, value in options.items()},
     }
-
-
-def _code_digest() -> str:
-    """Return a digest of the sources of both packages."""
-    digest = hashlib.sha256()
-    for folder in (Path(__file__).parents[1], Path(model_port.__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _all_texts(text: str) -> list[str]:

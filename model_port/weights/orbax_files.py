@@ -232,7 +232,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
         raise UserError(f"{path / MANIFEST} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
     base = manifest.get("base")
     if base is not None:
-        resolved = absolute(base if is_remote(base) else path / base)
+        resolved = absolute(base if is_remote(base) or os.path.isabs(base) else path / base)
         if not resolved.exists():
             raise UserError(
                 f"{path} holds only the trained parameters; the rest is in its base {resolved}, which does not exist: "
