@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs here: version, commit, and the versions that its numbers depend on."""
 
 import collections

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: jgrpo demo | sft | grpo | eval | plan | data | generate.
 
 A mistake of the user's ends in one message on standard error and exit status 2, a SIGTERM in a saved run and 143.

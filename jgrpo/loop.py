@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the end of a step does: count, evaluate, write, save, and stop where that is asked for."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a config to the parts of a run; the only place that knows all rooms."""
 
 import contextlib

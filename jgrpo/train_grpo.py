@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """START HERE: Group Relative Policy Optimization, one step after the other.
 
     audio -> encode -> rollout -> text -> reward -> advantage -> update

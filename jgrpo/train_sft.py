@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Supervised fine-tuning on the references: the baseline, on the same state, data, programs and checkpoints as GRPO."""
 
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """IBM Granite Speech in Flax: the model, its weights in and out, and what is needed to ask it something."""
 
 from model_port.batch import Batch, Completions

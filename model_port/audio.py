@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Audio files to waveforms: 16 kHz, one channel, float32. Formats: wav, flac, mp3, ogg (Vorbis and Opus).
 
 A file is given as its path or as its bytes; both are decoded by the same calls and give the same samples.

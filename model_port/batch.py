@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arrays that travel between host and device, as pytrees with checked shapes."""
 
 import dataclasses

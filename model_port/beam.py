@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Beam search: the most probable completion that a few hypotheses per prompt, extended side by side, can find.
 
 The result is that of transformers' `generate(num_beams=B, do_sample=False, early_stopping=False)`, with three

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """model-port: convert, check, look at and ask Granite Speech models in Hugging Face and Orbax directories."""
 
 import argparse

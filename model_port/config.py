@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a Granite Speech model is: frozen configs, read from and written to Hugging Face's config.json.
 
 Field names and defaults are Hugging Face's: config.json files leave out what equals the default, so a default

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The conformer CTC encoder: stacked log-mel frames to acoustic embeddings.
 
 Padding is exact: whatever stands in frames at or beyond a clip's length, its embeddings are those of the clip alone.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Granite decoder. One layer runs in three ways: prompts, one decoding step, trees of completions.
 
 A prompt's keys and values exist once, however many completions follow it. Source: transformers GraniteModel.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log-mel front end of Granite Speech, in NumPy, one clip at a time.
 
 A clip is never padded together with others: zeros after its end would replace the reflection there and change its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampling completions: the prompt is encoded and prefilled once, then G samples decode over its keys and values."""
 
 from collections.abc import Callable

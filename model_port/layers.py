@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The small parts every room of the model is built from: linear, norms, rotary positions, attention.
 
 Every module takes `stack`, a tuple of leading sizes for its parameters: `(n,)` makes n layers at once, to be run by

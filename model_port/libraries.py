@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the libraries below are told: to keep what they compile, and to keep remarks to themselves that mean nothing."""
 
 import contextlib

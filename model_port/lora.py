@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The adapter of a linear layer, and a fresh one on a whole model; loading merges or drops one (weights.convert)."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Granite Speech: what the audio encoder, the projector and the decoder compute together.
 
 Source: transformers GraniteSpeechForConditionalGeneration. Unlike its releases 5.10 to 5.23, logits are divided by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model as plain arrays: {dotted path: array}, and the static rest that turns them back into a model.
 
 Jitted programs take and return such dicts, so that the trained and the frozen part, the optimiser state and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where arrays live: logical axes of parameters to axes of the mesh (data, fsdp, tensor). It raises, never falls back.
 
 Every parameter names its axes (`layers`, `embed`, `heads`, ...) when it is created. A table says which mesh axis each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paths of files and directories that are on a disk or in a bucket, gs://.
 
 In a bucket an object appears whole and cannot be appended to, a directory is nothing but a common beginning of names,

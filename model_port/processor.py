@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts and audio to a Batch, tokens back to text: chat template, `<|audio|>` expansion, padding.
 
 Source: transformers GraniteSpeechProcessor, whose token ids these are. What differs: features are computed clip by

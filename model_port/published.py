@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The released models by name, from their config files and model cards."""
 
 import dataclasses

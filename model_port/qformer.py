@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The windowed Q-Former: every 15 acoustic frames become 3 embeddings in the decoder's width.
 
 Source: transformers GraniteSpeechEncoderProjector and Blip2QFormerModel.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drawing a token from logits: temperature, truncation, one random key per row.
 
 P prompts, G samples per prompt, V vocabulary.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Config files with options after them, as most commands take them."""
 
 import tyro

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of `jgrpo data`: build the paper's data sets, look into what is there, check a manifest."""
 
 import argparse

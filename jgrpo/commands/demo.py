@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo: a small Granite Speech learns by reinforcement from BLEU, on real audio, on this machine.
 
 convert -> evaluate -> GRPO -> SFT for the same time -> evaluate both -> export, then a table, a picture and a few

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """jgrpo eval: the scores of a model on the config's test sets, beside the paper's."""
 
 import argparse

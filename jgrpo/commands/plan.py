@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """jgrpo plan: whether a run fits a TPU slice, and what a step will take there."""
 
 import sys

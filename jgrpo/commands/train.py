@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """jgrpo grpo and jgrpo sft: training as a config says."""
 
 import signal

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run is: its options, field by field, and what must hold in them. Config files import from here."""
 
 from jgrpo.config.options import (

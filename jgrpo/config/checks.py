@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of config dataclasses: values of the annotated type, and not below their least."""
 
 import dataclasses

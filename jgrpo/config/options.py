@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a run's config: what is trained, on what, how, and how it is scored.
 
 Frozen dataclasses with defaults; jgrpo.config puts them together and checks what must hold between them. The line under

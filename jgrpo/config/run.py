@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run is: frozen dataclasses, written down in configs/*.py, overridden on the command line, saved in the run.
 
 A config file defines `get_config()`, which returns an `SFTConfig` or a `GRPOConfig`. Relative paths are taken from the

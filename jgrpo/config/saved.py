@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The config of a run in its directory: written down, and compared when the run is resumed."""
 
 import dataclasses

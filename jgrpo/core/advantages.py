@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards of a group → advantages of its samples."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Estimators of KL(pi_theta || pi_ref) from the log-probabilities of sampled tokens.
 
 With d = log pi_ref - log pi_theta at a token sampled from pi_theta:

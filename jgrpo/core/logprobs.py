@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-probabilities and entropies of given tokens, without the [P, N, V] array of their logits."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GRPO family of losses, as a per-token loss and the weights that add it up.
 
     loss = sum(token_weights(mask) * token_loss(...))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A penalty for completions that come close to the length limit."""
 
 import numpy as np

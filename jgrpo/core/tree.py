@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The prefix trees of groups: where completions begin alike they are computed once, and no shape is paid for.
 
 The completions of a group become the nodes of one or several trees of a fixed number of slots. A node is a token after

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training and evaluation data: examples of audio, prompts and references, and the batches made of them."""
 
 from jgrpo.data.examples import Example, Examples

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data sets that `jgrpo data build` has made: a split of one, as examples whose audio is read by record.
 
 A directory of a version holds the record files of TFDS, and beside them `index/SPLIT.jsonl` (a line per record, in

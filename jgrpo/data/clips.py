@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The features of examples as they are asked for, and what is done where they cannot be read."""
 
 import threading

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Examples in columns, whatever they come from: compact enough for the hundreds of thousands of a corpus."""
 
 import functools

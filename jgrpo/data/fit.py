@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of a data set is trained on: examples are tokenized, and those that are not wanted or do not fit are named.
 
 Nothing is shortened: a clip or a prompt that is cut no longer says what its reference answers.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a data set holds, as text: counts, lengths, what was dropped, and a few examples. No audio is decoded."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JSON-lines manifests: one training or evaluation example per line.
 
     {"audio": "clips/1.flac", "prompt": "<|audio|> translate the speech to German.", "reference": "Guten Tag."}

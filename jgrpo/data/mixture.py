@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order of a training stream: which example stands at each position, a pure function of the seed.
 
 Several data sets are interleaved by their weights as evenly as can be, and each is reshuffled for every epoch of its

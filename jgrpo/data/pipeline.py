@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Examples to padded batches, in grain worker threads.
 
 The order is fixed before anything is loaded: batch s of a stream is a pure function of (seed, s), on any number of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a task asks: prompt templates, and the column that holds the answer.
 
 A template is a user message with `<|audio|>` for each clip and {column} for the text of a column. In training every

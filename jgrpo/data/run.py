@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data of a run, from its config, and what a person is told about it when the run starts."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A data set by its path: a manifest, or a split of one that was built."""
 
 import re

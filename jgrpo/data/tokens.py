@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token rows in flat arrays: texts that many examples share are tokenized and held once."""
 
 from collections.abc import Callable, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation as the paper reports it: sampled at temperature 0.9 and top-p 0.9 over several seeds; more beside it.
 
 All seeds of a prompt decode together as samples of one group, so a clip is encoded and its prompt prefilled once. The

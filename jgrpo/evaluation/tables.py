@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a person looks at after a run: tables, curves, completions."""
 
 import json

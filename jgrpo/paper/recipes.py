@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the paper's runs have in common; configs/ holds one file per run, with the values that differ.
 
 Where a value comes from stands beside it: [P] the paper, arXiv 2509.16990; [LEAF] the public PyTorch implementation

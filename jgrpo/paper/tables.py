@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paper's results, digit for digit, to stand beside ours: arXiv 2509.16990, Tables 1 to 3, in percent.
 
 What does not fit together in them is listed in docs/sources.md.

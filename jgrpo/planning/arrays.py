@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arrays of a run as shapes, laid out over a mesh, and the FLOPs that follow from their sizes."""
 
 import dataclasses

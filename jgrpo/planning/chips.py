@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one TPU chip of each generation can do at most, as its makers state it.
 
 Sources: the pages on system architecture of Cloud TPU (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e) for compute,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one chip does in a compiled program: matrix FLOPs, HBM traffic and collectives, loops times their trip counts.
 
 XLA's own cost analysis counts the body of a loop once, so these are counted from the text of the program.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step needs at least, by arithmetic alone: cheap enough to sort out mesh shapes before any is compiled."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled HLO as text: computations, instructions, shapes, and how often a loop runs.
 
 Only what the plan needs of the grammar is read: one instruction per line, its result, operation, operands and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One program through the compiler: its memory, what a chip does in it, and how long that takes at least."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """jgrpo plan: what a run will need of a TPU slice, compiled for it by the TPU compiler on a machine without a TPU."""
 
 import argparse

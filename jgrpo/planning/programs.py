@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every program of a run with the shapes that it is called with; no array is made.
 
 What a step calls, and with what, is written down in `_training_calls` and `_validation_calls` alone.

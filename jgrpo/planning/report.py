@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plan as a table for a person and as JSON for a program."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mesh shapes and micro-batches of a run on a slice: the ones that look best by arithmetic are compiled and ranked."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TPU slices by name, such as v5e:8x8, as devices that programs can be compiled for on a machine without any."""
 
 import importlib.util

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """The jitted programs of a run."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The encoder output of a batch: computed for it, or kept from one pass over the data while the encoder is frozen."""
 
 import jax

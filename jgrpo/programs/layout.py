@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a rollout decodes: weights gathered over fsdp or stationary, layers scanned or unrolled, the cache's dtype."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The jitted programs of a run: encode, rollout, score, update. All run over one mesh and one set of parameters.
 
 The trained parameters and the optimiser state are donated to `update`. A prompt is encoded once per step and its keys

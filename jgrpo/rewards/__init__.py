@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards and results: completions and references, as lists of text on the host, to numbers."""
 
 from jgrpo.rewards.bleu import corpus_bleu

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The encoder half of BERT and RoBERTa, read from a Hugging Face directory, for BERTScore.
 
 Post-norm transformer layers with learned positions and the erf form of GELU. Source: transformers BertModel and

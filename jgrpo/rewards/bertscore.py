@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BERTScore F1: tokens of two texts matched greedily by the cosine of their contextual embeddings.
 
 As bert-score 0.3.13 computes it without idf weights and without rescaling: special tokens can be matched but have no

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BLEU by sacrebleu: per sentence as a reward, per corpus as a result."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of the rewards that have a name of their own.
 
 nltk takes seconds to import and BERTScore's model takes memory: what only some rewards need is imported by those alone.

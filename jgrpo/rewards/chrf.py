@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """chrF by sacrebleu: overlap of character n-grams, kinder than BLEU to inflected and compound words.
 
 chrF2 in both forms: character orders 1 to 6, recall weighted twice, cased.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores of a whole pass over a data set, as results are reported."""
 
 import dataclasses

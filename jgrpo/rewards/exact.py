@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact match."""
 
 from jgrpo.rewards.wer import characters

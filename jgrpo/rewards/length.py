@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Closeness of lengths: keeps completions from growing or shrinking while another component is trained."""
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """METEOR by nltk: unigrams aligned by form, then by Porter stem, then, given WordNet's files, by synonym.
 
 Words are those of nltk's NLTKWordTokenizer, which needs no download, then lower-cased. On a text of one sentence that

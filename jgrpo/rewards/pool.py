@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards computed beside the training loop: in a thread, and in processes for what needs the host alone."""
 
 import logging

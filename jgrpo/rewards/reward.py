@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reward of a run: named components, each scored for every example, and their weighted sum."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ROUGE-1, ROUGE-2 and ROUGE-L as F-measures, by the package rouge-score."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Word and character error rates, as rewards (1 - rate) and as corpus results.
 
 Case and punctuation count; Unicode form (NFC is compared) and runs of white space do not.

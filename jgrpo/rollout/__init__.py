@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Between the device's samples and its update."""

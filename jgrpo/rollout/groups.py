@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rollout of a step: groups sampled in chunks, scored while the device goes on, replaced where they teach nothing.
 
 With several chunks the device samples one while the host computes the rewards of those before it. What is sampled does

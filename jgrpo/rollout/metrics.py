@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is told of a rollout: its metrics, and the file of its completions."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Between the device's samples and its update: keys, references, rewards, advantages, metrics, as host arrays."""
 
 from collections.abc import Sequence

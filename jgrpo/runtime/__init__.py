@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything with side effects: optimiser state, checkpoints, metrics on disk, the progress line."""

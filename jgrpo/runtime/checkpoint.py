@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: arrays by name and a JSON record, atomic, verified, with a fallback."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What XLA compiles for a run, counted."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several processes as one run: joining, agreeing that all of them run the same thing, and leaving in haste."""
 
 import contextlib

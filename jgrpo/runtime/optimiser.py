@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The learning-rate schedule, AdamW, and what a jitted update needs to skip a bad step."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A directory that is replaced by a new version of itself."""
 
 import contextlib

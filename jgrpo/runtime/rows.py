@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of prompts between host and device: which of them a process holds, there and back, and all of them together.
 
 The prompt axis of a batch is split over the mesh axes data and fsdp. A process holds the rows of its devices; where the

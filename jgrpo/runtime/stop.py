@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A polite end: SIGTERM is noted, the step in progress finishes, and the run saves before it leaves."""
 
 import signal

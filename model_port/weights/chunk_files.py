@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arrays that are still to be read, written into the files of an Orbax checkpoint: zarr 2, without compression.
 
 Orbax itself needs a whole stack in memory and hands the system a chunk at a time, which then takes most of the time:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our model against the PyTorch reference on one clip: what comes out of every stage."""
 
 import os

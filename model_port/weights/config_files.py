@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The small files beside the weights: config.json, adapter_config.json, tokenizer and processor files."""
 
 import dataclasses

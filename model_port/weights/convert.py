@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a directory of either kind to a model, and back."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face directories, read: every header is checked first, every tensor is read when it is needed."""
 
 import dataclasses

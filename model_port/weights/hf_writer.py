@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face directories, written in the published layout, tensor by tensor."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model directory is, from the headers of its files alone: no weights are read."""
 
 import math

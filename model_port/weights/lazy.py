@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arrays that are read when they are needed, layer by layer: a model of any size passes through little memory."""
 
 import collections

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One table: the tensor names of Hugging Face files against our parameter paths. Both directions come from it.
 
 Hugging Face names are those of published files, which transformers also writes (`encoder.*`, `projector.*`,

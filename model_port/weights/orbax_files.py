@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Orbax model directories: `params/` (a flat dict of arrays), `model_port.json` and the small files of the source.
 
 A directory may be partial: it then holds some of the parameters and names the base directory that has the rest.

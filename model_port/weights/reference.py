@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the PyTorch reference computes, stage by stage. The one module of the packages that needs torch, when called."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which arrays a model of a given config has, how to put them in, and what to say when others are found."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a converted model is the one that it was made from: bit for bit, and stage by stage against PyTorch."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How directories are written: aside, then renamed, and in pieces that the disk takes while more are computed."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a name and the downloads to a finished data set on disk."""
 
 import contextlib

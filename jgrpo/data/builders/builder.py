@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The TFDS builder that both data sets are: a plan of records, written as ArrayRecord shards with the audio as it came.
 
 It derives from ShardBasedBuilder. GeneratorBasedBuilder sorts its records in temporary files, which it writes with

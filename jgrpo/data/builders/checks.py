@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every clip is decoded once before anything is written, on all cores; what was found outlives an interruption."""
 
 import collections

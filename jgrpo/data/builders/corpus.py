@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What both data sets share: rows of metadata meet clips, and every row becomes a record or a drop with a reason."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CoVoST2: translations of Common Voice 4 (Wang et al., facebookresearch/covost), as a TFDS builder."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where downloads lie: tar archives, read as a stream from front to back, and the folders they unpack to.
 
 Both give their files as members in one order that does not change, so that a second pass meets them as the first did.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LibriSQA: questions and answers about LibriSpeech (Zhao et al., ZihanZhao/LibriSQA), as a TFDS builder."""
 
 import dataclasses
