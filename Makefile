@@ -28,8 +28,7 @@ test: lint
 test-next:
 	@$(MAKE) --no-print-directory install-test VENV=.venv-next PYTHON=$(PYTHON_NEXT)
 	@echo "==> pytest on $$(.venv-next/bin/python --version)"
-	@.venv-next/bin/python -m pytest -q -n 2 --dist loadfile tests/parity tests/invariance \
-		tests/e2e/test_bucket.py tests/e2e/test_resume.py
+	@.venv-next/bin/python -m pytest -q -n 2 --dist loadfile tests/parity tests/invariance tests/e2e/test_bucket.py
 
 test-slow: install-test
 	@$(BIN)/python -m pytest -q -m slow
