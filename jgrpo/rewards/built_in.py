@@ -11,10 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jgrpo.config import MetricOptions
-from jgrpo.rewards.bleu import SentenceBleu
-from jgrpo.rewards.chrf import SentenceChrf
-from jgrpo.rewards.exact import exact_match
-from jgrpo.rewards.length import length_closeness
+from jgrpo.rewards.overlap import SentenceBleu, SentenceChrf, exact_match, length_closeness
 from jgrpo.rewards.wer import character_accuracy, word_accuracy
 from model_port.errors import UserError
 

@@ -5,9 +5,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from jgrpo.config import MetricOptions
-from jgrpo.rewards.bleu import DEFAULT_OPTIONS, corpus_bleu
 from jgrpo.rewards.built_in import BUILT_IN
-from jgrpo.rewards.chrf import corpus_chrf
+from jgrpo.rewards.overlap import DEFAULT_OPTIONS, corpus_bleu, corpus_chrf
 from jgrpo.rewards.reward import make_reward
 from jgrpo.rewards.wer import corpus_cer, corpus_wer
 from model_port.errors import UserError

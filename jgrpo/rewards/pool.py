@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from jgrpo.config import MetricOptions
-from jgrpo.rewards.bleu import DEFAULT_OPTIONS
 from jgrpo.rewards.built_in import ON_DEVICE
+from jgrpo.rewards.overlap import DEFAULT_OPTIONS
 from jgrpo.rewards.reward import Examples, Reward, SourceRewards, make_reward
 from jgrpo.runtime.worker import start_worker
 from model_port.errors import UserError

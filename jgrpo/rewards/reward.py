@@ -11,8 +11,8 @@ import numpy as np
 from jgrpo.config import MetricOptions
 from jgrpo.config.checks import check_types
 from jgrpo.core.advantages import group_advantages
-from jgrpo.rewards.bleu import DEFAULT_OPTIONS
 from jgrpo.rewards.built_in import BUILT_IN, Component
+from jgrpo.rewards.overlap import DEFAULT_OPTIONS
 from model_port.errors import UserError
 
 SCALES = ("none", "group")

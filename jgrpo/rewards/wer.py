@@ -7,6 +7,8 @@ Case and punctuation count; Unicode form (NFC is compared) and runs of white spa
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from rapidfuzz.distance import Levenshtein
+
 from model_port.errors import UserError
 
 
@@ -23,31 +25,10 @@ def characters(text: str) -> str:
 def edit_distance(said: Sequence, wanted: Sequence) -> int:
     """Fewest substitutions, insertions and deletions that turn one sequence into the other.
 
-    Each row of the usual table is a few operations on integers as long as `wanted`, whose bit i says whether the
-    distance rises (`up`) or falls (`down`) from cell i to cell i + 1. That makes characters affordable.
-
-    Source: Myers 1999, "A fast bit-vector algorithm for approximate string matching", in Hyyrö's formulation for the
-    distance of whole sequences.
-
     >>> edit_distance("kitten", "sitting"), edit_distance("", "abc"), edit_distance(["a", "b"], ["b"])
     (3, 3, 1)
     """
-    if not wanted:
-        return len(said)
-    positions: dict = {}
-    for index, item in enumerate(wanted):
-        positions[item] = positions.get(item, 0) | 1 << index
-    every, last = (1 << len(wanted)) - 1, 1 << (len(wanted) - 1)
-    up, down, distance = every, 0, len(wanted)
-    for item in said:
-        equal = positions.get(item, 0)
-        diagonal = (((equal & up) + up) ^ up) | equal | down
-        right_up, right_down = down | (~(diagonal | up) & every), up & diagonal
-        distance += bool(right_up & last) - bool(right_down & last)
-        right_up, right_down = right_up << 1 | 1, right_down << 1
-        equal |= down
-        up, down = (right_down | ~(equal | right_up)) & every, right_up & equal & every
-    return distance
+    return Levenshtein.distance(said, wanted)
 
 
 def word_errors(completion: str, reference: str) -> int:

@@ -9,7 +9,7 @@ from sacrebleu.metrics import BLEU
 
 from jgrpo.config import MetricOptions
 from jgrpo.rewards import corpus_bleu, make_reward
-from jgrpo.rewards.bleu import SentenceBleu
+from jgrpo.rewards.overlap import SentenceBleu
 from model_port.errors import UserError
 
 # Sentence BLEU in percent: exponential smoothing with effective order, and add-k.
