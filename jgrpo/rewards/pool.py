@@ -14,7 +14,7 @@ import numpy as np
 from jgrpo.config import MetricOptions
 from jgrpo.rewards.built_in import ON_DEVICE
 from jgrpo.rewards.overlap import DEFAULT_OPTIONS
-from jgrpo.rewards.reward import Examples, Reward, SourceRewards, make_reward
+from jgrpo.rewards.reward import Answers, Reward, SourceRewards, make_reward
 from jgrpo.runtime.worker import start_worker
 from model_port.errors import UserError
 
@@ -89,12 +89,12 @@ class RewardPool:
             sources: of a mixture, which source each example is of: it is scored by that one's components, and has NaN
                 in the others.
         """
-        examples = Examples.make(completions, references, columns or {})
+        examples = Answers.make(completions, references, columns or {})
         if sources is None:
             return self._thread.submit(self._score, examples, self.reward.names)
         return self._thread.submit(self._score_sources, examples, np.asarray(sources))
 
-    def _score_sources(self, examples: Examples, sources: np.ndarray) -> dict[str, np.ndarray]:
+    def _score_sources(self, examples: Answers, sources: np.ndarray) -> dict[str, np.ndarray]:
         scores = {name: np.full(len(examples), np.nan) for name in self.reward.names}
         for source in np.unique(sources).tolist():
             rows = np.flatnonzero(sources == source)
@@ -103,7 +103,7 @@ class RewardPool:
                 scores[name][rows] = values
         return scores
 
-    def _score(self, examples: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
+    def _score(self, examples: Answers, names: Sequence[str]) -> dict[str, np.ndarray]:
         here = [name for name in names if name in self._here.functions]
         shared = [name for name in names if name not in self._here.functions]
         parts = []
@@ -152,5 +152,5 @@ def _start_worker(spec: Mapping[str, float | int], options: MetricOptions, speak
     _reward = make_reward(spec, options=options)
 
 
-def _score_in_worker(examples: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
+def _score_in_worker(examples: Answers, names: Sequence[str]) -> dict[str, np.ndarray]:
     return _reward.score(examples, names)

@@ -45,7 +45,7 @@ def _quote(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class Answers:
     """What rewards are computed from.
 
     Attributes:
@@ -59,7 +59,7 @@ class Examples:
     numbers: Sequence[int]
 
     @classmethod
-    def make(cls, completions: Sequence[str], references: Sequence[str], columns: Mapping[str, Sequence]) -> "Examples":
+    def make(cls, completions: Sequence[str], references: Sequence[str], columns: Mapping[str, Sequence]) -> "Answers":
         """Check that every column has one value per completion."""
         for what, values in {"references": references, **columns}.items():
             if len(values) != len(completions):
@@ -72,20 +72,20 @@ class Examples:
     def __len__(self) -> int:
         return len(self.completions)
 
-    def part(self, start: int, stop: int) -> "Examples":
-        """Examples start to stop, counted here."""
+    def part(self, start: int, stop: int) -> "Answers":
+        """Answers start to stop, counted here."""
         columns = {name: values[start:stop] for name, values in self.columns.items()}
         texts = self.completions[start:stop], self.references[start:stop]
-        return Examples(*texts, columns, self.numbers[start:stop])
+        return Answers(*texts, columns, self.numbers[start:stop])
 
-    def take(self, indices: Sequence[int]) -> "Examples":
+    def take(self, indices: Sequence[int]) -> "Answers":
         """Some of the examples, counted here."""
 
         def some(values):
             return [values[i] for i in indices]
 
         columns = {name: some(values) for name, values in self.columns.items()}
-        return Examples(some(self.completions), some(self.references), columns, some(self.numbers))
+        return Answers(some(self.completions), some(self.references), columns, some(self.numbers))
 
     def error(self, name: str, problem: str, index: int) -> UserError:
         """What to raise when the component fails at the example of this index here."""
@@ -97,7 +97,7 @@ class Examples:
         )
 
 
-def _first_failing(component: Component, examples: Examples) -> int | None:
+def _first_failing(component: Component, examples: Answers) -> int | None:
     """The first example on which the component fails alone; None if it only fails on several together."""
     for index in range(len(examples)):
         one = examples.part(index, index + 1)
@@ -108,7 +108,7 @@ def _first_failing(component: Component, examples: Examples) -> int | None:
     return None
 
 
-def _score(name: str, component: Component, examples: Examples) -> np.ndarray:
+def _score(name: str, component: Component, examples: Answers) -> np.ndarray:
     """Run one component, and refuse what is not one finite number per example."""
     try:
         returned = list(component(examples.completions, examples.references, **examples.columns))
@@ -164,9 +164,9 @@ class Reward:
             UserError: unequal lengths, or a component that fails or returns something else than N finite numbers;
                 the message names the reward and the first example concerned.
         """
-        return self.score(Examples.make(completions, references, columns))
+        return self.score(Answers.make(completions, references, columns))
 
-    def score(self, examples: Examples, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    def score(self, examples: Answers, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """As `components`, on examples that have been checked; of these components only, where they are given."""
         names = self.names if names is None else names
         if not len(examples):

@@ -33,7 +33,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Drop:
+class RowDrop:
     """A row that becomes no record, and why."""
 
     id: str
@@ -79,7 +79,7 @@ class Metadata:
 
     splits: tuple[str, ...]
     rows: dict[str, Row]
-    drops: list[Drop]
+    drops: list[RowDrop]
     counts: dict[str, int]
     downloads: list[Download]
     about: dict[str, Any]
@@ -96,11 +96,11 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Contents:
     """What a build will write: records in the order of the downloads, with all that is known of them."""
 
     records: dict[str, list[Record]]
-    drops: dict[str, list[Drop]]
+    drops: dict[str, list[RowDrop]]
     about: dict[str, Any]
 
     def reasons(self) -> dict[str, dict[str, int]]:
@@ -113,7 +113,7 @@ class Plan:
         return counts
 
 
-def plan(metadata: Metadata, *, workers: Workers, log: CheckLog) -> Plan:
+def plan(metadata: Metadata, *, workers: Workers, log: CheckLog) -> Contents:
     """Decode every clip that a row needs, complete the rows, and decide on each of them.
 
     Raises:
@@ -147,7 +147,7 @@ def plan(metadata: Metadata, *, workers: Workers, log: CheckLog) -> Plan:
     for split in drops:
         drops[split].sort(key=lambda drop: (drop.line, drop.id))
     counts = {"rows": metadata.counts, "clips_without_row": clips.unasked}
-    made = Plan(records, drops, metadata.about | counts)
+    made = Contents(records, drops, metadata.about | counts)
     _refuse_empty(made, metadata)
     return made
 
@@ -203,11 +203,11 @@ class _Clips:
         return True
 
 
-def _drop(row: Row, reason: str, detail: str = "") -> Drop:
-    return Drop(row.id, row.split, row.file, row.line, reason, detail)
+def _drop(row: Row, reason: str, detail: str = "") -> RowDrop:
+    return RowDrop(row.id, row.split, row.file, row.line, reason, detail)
 
 
-def _refuse_empty(made: Plan, metadata: Metadata) -> None:
+def _refuse_empty(made: Contents, metadata: Metadata) -> None:
     reasons = made.reasons()
     for split, records in made.records.items():
         if not records:

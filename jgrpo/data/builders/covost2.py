@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from jgrpo.data.builders.builder import SpeechBuilder, SpeechConfig
-from jgrpo.data.builders.corpus import UNKNOWN, Drop, Metadata, Row, Side
+from jgrpo.data.builders.corpus import UNKNOWN, Metadata, Row, RowDrop, Side
 from jgrpo.data.builders.downloads import Archive, Download, Folder, find_archives, stem
 from jgrpo.data.prompts import TASKS, Task
 from model_port.errors import UserError
@@ -109,7 +109,7 @@ class Covost2(SpeechBuilder):
         for line, cells in read_table(_open_table(table), str(table), ("path", "translation", "split")):
             row = _row(line, cells, rows)
             counts[row.split] = counts.get(row.split, 0) + 1
-            if isinstance(row, Drop):
+            if isinstance(row, RowDrop):
                 drops.append(row)
             else:
                 rows[row.id] = row
@@ -183,23 +183,23 @@ def _open_table(path: Path) -> Iterator[str]:
     return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline="")
 
 
-def _row(line: int, cells: dict[str, str] | None, rows: dict[str, Row]) -> Row | Drop:
+def _row(line: int, cells: dict[str, str] | None, rows: dict[str, Row]) -> Row | RowDrop:
     """Return a line of the table as a row that lacks its sentence, or why it is none."""
     if cells is None:
-        return Drop("", UNKNOWN, "", line, "bad row", "too few or too many cells")
+        return RowDrop("", UNKNOWN, "", line, "bad row", "too few or too many cells")
     file, name = cells["path"], stem(cells["path"])
     split = SPLITS.get(cells["split"], UNKNOWN)
     translation = cells["translation"]
     if split == UNKNOWN or not name:
-        return Drop(name, split, file, line, "bad row", f"path {file!r}, split {cells['split']!r}")
+        return RowDrop(name, split, file, line, "bad row", f"path {file!r}, split {cells['split']!r}")
     if not translation.strip():
-        return Drop(name, split, file, line, "empty text", "translation")
+        return RowDrop(name, split, file, line, "empty text", "translation")
     if UNTRANSLATED in translation:
-        return Drop(name, split, file, line, "REMOVE", translation)
+        return RowDrop(name, split, file, line, "REMOVE", translation)
     if name in rows:
         first = rows[name]
         same = "the same translation" if first.texts["translation"] == translation else "another translation"
-        return Drop(name, split, file, line, "duplicate id", f"{same} as line {first.line}")
+        return RowDrop(name, split, file, line, "duplicate id", f"{same} as line {first.line}")
     return Row(name, split, file, line, speaker="", texts={"translation": translation})
 
 
@@ -222,8 +222,8 @@ def _join(metadata: Metadata, data: bytes) -> None:
         metadata.rows[clip] = dataclasses.replace(row, speaker=cells["client_id"], texts=texts)
     for clip in [clip for clip in metadata.rows if clip not in joined]:
         row = metadata.rows.pop(clip)
-        metadata.drops.append(Drop(row.id, row.split, row.file, row.line, "no transcript", f"not in {SIDE_FILE}"))
+        metadata.drops.append(RowDrop(row.id, row.split, row.file, row.line, "no transcript", f"not in {SIDE_FILE}"))
     for clip in [clip for clip, row in metadata.rows.items() if not row.texts["sentence"].strip()]:
         row = metadata.rows.pop(clip)
-        metadata.drops.append(Drop(row.id, row.split, row.file, row.line, "empty text", "sentence"))
+        metadata.drops.append(RowDrop(row.id, row.split, row.file, row.line, "empty text", "sentence"))
     metadata.about |= {"validated_bad_rows": bad, "validated_repeated_rows": repeated}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jgrpo.data.builders.builder import SpeechBuilder, SpeechConfig
-from jgrpo.data.builders.corpus import Drop, Metadata, Row, texts_of
+from jgrpo.data.builders.corpus import Metadata, Row, RowDrop, texts_of
 from jgrpo.data.builders.downloads import Archive, Download, Folder, find_archives, stem
 from jgrpo.data.prompts import TASKS, Task
 from model_port.errors import UserError
@@ -128,7 +128,7 @@ class Librisqa(SpeechBuilder):
             counts[split] = len(entries)
             for line, entry in enumerate(entries, start=1):
                 row = _row(entry, split, line, TEXTS[config.part], rows)
-                if isinstance(row, Drop):
+                if isinstance(row, RowDrop):
                     drops.append(row)
                 else:
                     rows[row.id] = row
@@ -216,25 +216,25 @@ def _read_array(path: Path, columns: dict[str, str]) -> list[Any]:
     return entries
 
 
-def _row(entry: Any, split: str, line: int, columns: dict[str, str], rows: dict[str, Row]) -> Row | Drop:
+def _row(entry: Any, split: str, line: int, columns: dict[str, str], rows: dict[str, Row]) -> Row | RowDrop:
     """Return an entry of the array as a row, or why it is none."""
     if not isinstance(entry, dict) or not isinstance(entry.get("speech_path"), str):
-        return Drop("", split, "", line, "bad row", "an object with the text speech_path is needed")
+        return RowDrop("", split, "", line, "bad row", "an object with the text speech_path is needed")
     file = entry["speech_path"]
     name = stem(file.replace("\\", "/"))
     missing = [column for column in columns.values() if column not in entry]
     if missing:
-        return Drop(name, split, file, line, "bad row", f"{missing[0]} is missing")
+        return RowDrop(name, split, file, line, "bad row", f"{missing[0]} is missing")
     match = UTTERANCE.fullmatch(name)
     if match is None:
-        return Drop(name, split, file, line, "bad row", "speech_path does not end in an utterance's id")
+        return RowDrop(name, split, file, line, "bad row", "speech_path does not end in an utterance's id")
     texts, empty = texts_of(entry, columns)
     if empty:
-        return Drop(name, split, file, line, "empty text", empty)
+        return RowDrop(name, split, file, line, "empty text", empty)
     if name in rows:
         first = rows[name]
         same = "the same texts" if texts.items() <= first.texts.items() else "other texts"
-        return Drop(name, split, file, line, "duplicate id", f"{same} as entry {first.line}")
+        return RowDrop(name, split, file, line, "duplicate id", f"{same} as entry {first.line}")
     transcript = entry.get(TRANSCRIPT)
     return Row(
         id=name,
