@@ -33,7 +33,8 @@ def test_the_job_has_a_pod_on_every_host_of_its_slice():
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 
 
-def test_its_command_is_a_run_that_fits_the_slice():
+def test_its_command_is_a_run_that_fits_the_slice(monkeypatch):
+    monkeypatch.chdir(DEPLOY.parent)
     _, batch = read_job()
     (container,) = batch["template"]["spec"]["containers"]
     command, *rest = container["args"]

@@ -18,7 +18,7 @@ GAIN = {"gain": jnp.float32(2.0)}
 LENGTHS = [3, 7, 5, 2, 6]  # frames per clip, one clip an example
 
 
-def prompts(indices, *, frames, valid=None):
+def prompts(indices, *, frames):
     """A batch whose clip i holds 10 i + 1, 10 i + 2, ... and zeros after its length."""
     features = np.zeros((len(indices), 1, frames, 160), np.float32)
     for row, i in enumerate(indices):
@@ -34,10 +34,8 @@ def prompts(indices, *, frames, valid=None):
     return PromptBatch(
         batch=batch,
         indices=np.array(indices),
-        prompts=[],
         references=[],
         columns={},
-        valid=len(indices) if valid is None else valid,
     )
 
 
@@ -53,7 +51,7 @@ class Data(PromptData):
     def epoch(self):
         yield prompts([0, 1], frames=8)
         yield prompts([2, 3], frames=6)
-        yield prompts([4, 4], frames=8, valid=1)
+        yield prompts([4, 4], frames=8)
 
 
 @pytest.fixture
