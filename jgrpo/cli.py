@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Sequence
 
-import model_port.cli
 from jgrpo.about import describe
 from model_port.errors import UserError
 
@@ -29,7 +28,7 @@ Every field of a config is an option: jgrpo grpo configs/demo_grpo.py --num-step
 `jgrpo --version` names versions, commit and devices.
 """
 
-# The function of each; its room is imported when it is asked for, so that help and mistakes cost no time.
+# The function of each, which may return an exit status; its room is imported when it is asked for.
 COMMANDS = {
     "demo": "jgrpo.commands.demo:run_demo",
     "grpo": "jgrpo.commands.train:run_grpo",
@@ -37,6 +36,7 @@ COMMANDS = {
     "eval": "jgrpo.commands.evaluate:run_eval",
     "plan": "jgrpo.commands.plan:run_plan",
     "data": "jgrpo.commands.data:run_data",
+    "generate": "model_port.cli:run_generate",
 }
 
 
@@ -52,13 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = arguments[0], arguments[1:]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        if command == "generate":
-            return model_port.cli.main(arguments)
         if command not in COMMANDS:
-            known = ", ".join([*COMMANDS, "generate"])
-            raise UserError(f"unknown command {command!r}; use one of {known} (jgrpo --help)")
+            raise UserError(f"unknown command {command!r}; use one of {', '.join(COMMANDS)} (jgrpo --help)")
         room, function = COMMANDS[command].split(":")
-        getattr(importlib.import_module(room), function)(rest)
+        return getattr(importlib.import_module(room), function)(rest) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,4 +64,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit as end:  # tyro and argparse have printed the help, or what is wrong with an option
         return end.code or 0
-    return 0

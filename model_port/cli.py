@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def run_generate(arguments: Sequence[str]) -> int:
+    """Run `generate`, for `jgrpo generate`, which it once was."""
+    return main(["generate", *arguments])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="model-port", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -86,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--beams", type=int, default=0, metavar="N", help="width of a beam search, for one answer")
     command.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="of an answer (%(default)s)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
-    command.add_argument("--dtype", choices=convert.DTYPES, default="float32", help="of parameters and computation")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and computation"
+    )
     command.set_defaults(run=_generate)
     return parser
 

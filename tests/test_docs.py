@@ -116,7 +116,7 @@ def test_files_that_are_named_are_there(document):
     text = document.read_text()
     links = [link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
     assert not [link for link in links if not (document.parent / link).exists()]
-    rooms = "jgrpo|model_port|docs|configs|tests|benchmarks|tpu_scripts|demo"
+    rooms = "deploy|jgrpo|model_port|docs|configs|tests|benchmarks|tpu_scripts|demo"
     named = re.findall(rf"(?<![\w/.-])((?:{rooms})/[\w./-]*\w)", re.sub(r"https?://\S+", "", text))
     missing = {path for path in named if not (ROOT / path).exists() and not list(ROOT.glob(f"{path}*"))}
     assert not {path for path in missing if not path.startswith(MADE)}

@@ -14,7 +14,6 @@ examples. Every field of it is an option below. An option goes before what the f
 what is marked required is set by the file.
 """
 
-
 KINDS = {"RunConfig": "an SFTConfig or a GRPOConfig", "SFTConfig": "an SFTConfig", "GRPOConfig": "a GRPOConfig"}
 
 

@@ -54,7 +54,7 @@ def check_same_run(config: RunConfig, path: str | os.PathLike) -> None:
 
 
 def save_config(config: RunConfig, path: str | os.PathLike) -> None:
-    """Write the resolved config as JSON with the kind of run; `made_by` has commit, command line and versions."""
+    """Write the resolved config and kind of run as JSON; `made_by` is the commit, command, versions of this start."""
     write_whole(path, json.dumps({**_resolved(config), "made_by": made_by()}, indent=2) + "\n")
 
 

@@ -62,7 +62,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """PassScores of one policy on one data set.
+    """Scores of one policy on one data set.
 
     Attributes:
         sampled: of each sampled pass, in the order of the seeds.

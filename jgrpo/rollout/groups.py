@@ -165,14 +165,14 @@ class GroupSampler:
             rounds += 1
             table, count = fill_groups(table, self._table(self._sample(prompts, round=rounds)))
             replaced += count
-        metrics = {"dynamic/rounds": rounds, "dynamic/replaced": replaced}
+        indices, out, rows = table.pop("indices"), table.pop("completions"), self._own_rows()
+        known = {"scores": Scores(**table), "metrics": {"dynamic/rounds": rounds, "dynamic/replaced": replaced}}
         if not replaced:
-            return dataclasses.replace(groups, metrics=metrics)
+            return dataclasses.replace(groups, **known)
         with run.timer("data"):
-            prompts = run.data.gather(table.pop("indices"))
-        rows, out = self._own_rows(), table.pop("completions")
+            prompts = run.data.gather(indices)
         completions = jax.tree.map(lambda values: values[rows], out)
-        return Groups(rows, prompts, *self._encode(prompts), completions, scores=Scores(**table), metrics=metrics)
+        return Groups(rows, prompts, *self._encode(prompts), completions, **known)
 
     def _table(self, groups: Groups) -> dict[str, Any]:
         """Wait for the rewards and return all that is known of the groups of all processes, prompts first."""
