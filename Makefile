@@ -12,7 +12,7 @@ help:
 	@echo "make demo           train a tiny model end to end on the CPU"
 	@echo "make test           lint, import rules and all tests"
 	@echo "make test-next      what depends most on versions, on $(PYTHON_NEXT) with its newest JAX, in .venv-next"
-	@echo "make test-slow      what takes minutes a test: kills, lost hosts, two processes, buckets"
+	@echo "make test-slow      what takes minutes a test: kills, lost hosts, two processes, buckets, optimised programs"
 	@echo "make lint           ruff and the import rules only"
 	@echo "make install-test   what the tests need besides"
 	@echo "make clean          remove .venv and caches"
@@ -32,6 +32,7 @@ test-next:
 
 test-slow: install-test
 	@$(BIN)/python -m pytest -q -m slow
+	@OPTIMISED=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/invariance
 
 lint: install-test
 	@echo "==> ruff"

@@ -126,6 +126,7 @@ def sample_completions(
         running = running & (token[:, :, None] != eos[None, None, :]).all(-1) & (t + 1 < limits)
         return Completions(**put), parts["tokens"], running
 
+    @jax.named_scope("decode_token")
     def decode(keys, limits, state):
         t, token, running, cache, out = state
         x = model.embed_completions(token)

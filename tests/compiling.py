@@ -7,13 +7,24 @@ from collections.abc import Iterator
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+OPTIMISED = bool(os.environ.get("OPTIMISED"))  # with it, compiled_quickly leaves the compiler as users have it
+
+
+def compiled_quickly() -> contextlib.AbstractContextManager[None]:
+    """Compile with few optimisations, and afterwards as before: another module of the session may have asked for it."""
+    return _optimisations(disabled=not OPTIMISED)
+
+
+def compiled_fully() -> contextlib.AbstractContextManager[None]:
+    """Compile as users do, in a room where `compiled_quickly` holds."""
+    return _optimisations(disabled=False)
+
 
 @contextlib.contextmanager
-def compiled_quickly() -> Iterator[None]:
-    """Compile with few optimisations, and afterwards as before: another module of the session may have asked for it."""
+def _optimisations(*, disabled: bool) -> Iterator[None]:
     name = "jax_disable_most_optimizations"
     before = jax.config.values[name]
-    jax.config.update(name, True)
+    jax.config.update(name, disabled)
     yield
     jax.config.update(name, before)
 

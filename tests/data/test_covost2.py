@@ -50,7 +50,7 @@ def test_every_drop_is_named(built):
     )
     assert card["drops"]["unknown"] == {"bad row": 2}
     details = {row["id"]: row for row in read_lines(built / "dropped" / "train.jsonl")}
-    assert details["common_voice_en_2"]["detail"] == "another translation as line 4"
+    assert details["common_voice_en_2"]["detail"] == "other texts as line 4"
     assert details["common_voice_en_103"]["file"] == "common_voice_en_103.m4a"
     assert "19200 samples" in details["common_voice_en_100"]["detail"]
 

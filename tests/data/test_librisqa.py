@@ -63,7 +63,7 @@ def test_every_drop_is_named(built):
         "test": {"too short": 1},
     }
     details = {row["id"]: row["detail"] for row in read_lines(built / "dropped" / "train.jsonl")}
-    assert details["14-208-0001"] == "the same texts as entry 2"
+    assert details["14-208-0001"] == "the same texts as line 2"
     assert details["20-205-0004"] == "answer is missing"
     assert details["20-205-0000"] == "answer"
 

@@ -3,14 +3,15 @@
 from jgrpo.planning.hlo import Instruction, Module
 
 CALLED = ("body", "condition", "calls", "to_apply")
+SCOPE = "decode_token"  # as generate.py calls what a token costs
 
 
 def decoding_collectives(text: str) -> list[Instruction]:
-    """Return the collectives inside the decoding loop: the one loop that has another, over layers, in its body."""
+    """Return the collectives inside the decoding loop: that whose body holds what was traced as "decode_token"."""
     module = Module(text)
     loops = [each for part in module.computations.values() for each in part.values() if each.operation == "while"]
-    reached = {loop.name: _reached(module, loop.attribute("body")) for loop in loops}
-    decoding = [inside for inside in reached.values() if any(each.operation == "while" for each in inside)]
+    bodies = [_reached(module, loop.attribute("body")) for loop in loops if SCOPE not in loop.source]
+    decoding = [inside for inside in bodies if any(SCOPE in each.source for each in inside)]
     assert len(decoding) == 1
     kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
     return [each for each in decoding[0] if each.operation.startswith(kinds)]

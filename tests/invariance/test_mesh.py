@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.compiling import compiled_fully
 from tests.invariance.compiled import decoding_collectives
 from tests.invariance.run import Run, gradient_error
 
@@ -54,9 +55,13 @@ def weight_shapes(run):
 @pytest.mark.parametrize("layers", ["scanned", "unrolled"])
 @pytest.mark.parametrize(("weights", "mesh"), [("gathered", (2, 2, 2)), ("stationary", (1, 4, 2))], ids=str)
 def test_decoding_a_token_moves_no_weights(weights, mesh, layers, out):
-    """Neither layout gathers a weight inside the decoding loop, and neither changes a sample."""
+    """Neither layout gathers a weight inside the decoding loop, and neither changes a sample.
+
+    Of the program that runs: the compiler's optimisations move collectives, so all of them are on.
+    """
     ours = Run(mesh=mesh, rollout_weights=weights, rollout_layers=layers)
-    samples, text = ours.compiled_rollout()
+    with compiled_fully():
+        samples, text = ours.compiled_rollout()
     np.testing.assert_array_equal(samples.tokens, out.tokens)
     np.testing.assert_allclose(samples.logp, out.logp, atol=TOLERANCE)
     found = decoding_collectives(text)

@@ -87,12 +87,13 @@ class Pod:
         """Return the directory of the project on a worker."""
         return self.fake / "home" / str(worker) / "jgrpo"
 
-    def processes(self) -> list[int]:
-        """Return what runs on the workers."""
+    def processes(self, variable: str = "") -> list[int]:
+        """Return what runs on the workers; with a variable in its environment, if one is given."""
         mark, found = f"FAKE_SLICE={self.fake}".encode(), []
         for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+            with contextlib.suppress(OSError):  # it may end at any moment
+                environment = (entry / "environ").read_bytes() if entry.name.isdigit() else b""
+                if mark in environment.split(b"\0") and variable.encode() in environment:
                     found.append(int(entry.name))
         return found
 

@@ -107,8 +107,35 @@ storage() {
   esac
 }
 
+# flags_of "WORDS OF A COMMAND": the flags on its page of cloud.google.com/sdk/gcloud/reference, read on 2026-12-01, but
+# for those of other kinds of slices and disks; a flag that gcloud does not know is refused here as it is there.
+flags_of() {
+  echo "project quiet format verbosity"
+  case $1 in
+    "storage ls") echo "recursive" ;;
+    "storage rsync") echo "recursive delete-unmatched-destination-objects exclude dry-run" ;;
+    *) echo "zone" ;;
+  esac
+  case $1 in
+    *"queued-resources create")
+      echo "node-id accelerator-type topology type runtime-version async boot-disk data-disk description guaranteed"
+      echo "internal-ips labels metadata metadata-from-file network reserved scopes service-account spot subnetwork tags"
+      echo "valid-after-duration valid-after-time valid-until-duration valid-until-time"
+      ;;
+    *"queued-resources delete") echo "async force" ;;
+    *"tpu-vm ssh")
+      echo "dry-run force-key-file-overwrite internal-ip plain ssh-flag ssh-key-file strict-host-key-checking worker"
+      echo "command output-directory ssh-key-expiration ssh-key-expire-after"
+      ;;
+    *"tpu-vm scp")
+      echo "compress dry-run force-key-file-overwrite internal-ip plain recurse scp-flag ssh-key-file"
+      echo "strict-host-key-checking worker ssh-key-expiration ssh-key-expire-after"
+      ;;
+  esac
+}
+
 gcloud() {
-  local argument worker=0 command="" directory="" words=()
+  local argument flag known worker=0 command="" directory="" words=()
   printf '%q ' "$@" >>"$FAKE/calls"
   echo >>"$FAKE/calls"
   fail_if_told "$@"
@@ -121,6 +148,14 @@ gcloud() {
       --*) ;;
       *) words+=("$argument") ;;
     esac
+  done
+  if [[ ${words[0]} == storage ]]; then known=$(flags_of "${words[*]:0:2}"); else known=$(flags_of "${words[*]:0:4}"); fi
+  for argument in "$@"; do
+    flag=${argument%%=*}
+    if [[ $flag == --* && " ${known//$'\n'/ } " != *" ${flag#--} "* ]]; then
+      echo "ERROR: (gcloud.${words[*]}) unrecognized arguments: $argument" >&2
+      exit 2
+    fi
   done
   case "${words[*]}" in
     "compute tpus queued-resources create"*) create "${words[4]}" ;;

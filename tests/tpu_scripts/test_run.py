@@ -174,10 +174,8 @@ def test_sigterm_of_a_host_that_shuts_down_reaches_the_program(pod):
     pod.ready()
     pod.ok("run", "--", "bash", "-c", POLITE)
     begun(pod, 0, 1)
-    for process in pod.processes():
-        with open(f"/proc/{process}/environ", "rb") as environment:
-            if b"JGRPO_SUPERVISOR=" in environment.read():
-                os.kill(process, 15)
+    for process in pod.processes("JGRPO_SUPERVISOR="):
+        os.kill(process, 15)
     wait_for(lambda: not pod.processes(), "the run ends")
     assert "saved" in log(pod, 0)
     assert (pod.home(1) / "run" / "exit_code").read_text() == "143\n"

@@ -127,6 +127,12 @@ def test_one_worker_that_ssh_does_not_reach(pod):
     assert status.returncode == 4 and "worker 1: unreachable" in status.stdout and "worker 0: none" in status.stdout
 
 
+def test_a_flag_that_gcloud_does_not_know(pod):
+    pod.ready()
+    result = pod("sync", SSH_FLAGS="--internal-ips")
+    assert result.returncode != 0 and "unrecognized arguments: --internal-ips" in result.stderr
+
+
 def test_more_workers_than_the_accelerator_has(pod):
     pod.ready()
     (pod.fake / "workers").write_text("3\n")

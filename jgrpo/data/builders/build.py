@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -32,12 +33,9 @@ def build(
     *,
     manual_dir: str | Path,
     out: str | Path,
-    features: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
-    seed: int = 0,
-    grouping: str = "utterance",
-    validation_fraction: float = librisqa.DEFAULT_FRACTION,
+    **chosen: Any,
 ) -> Path:
     """Build a data set, unless it is there, and return the directory of its version.
 
@@ -48,16 +46,13 @@ def build(
         name: librisqa/part1, librisqa/part2, or covost2/ and a pair of languages such as en_de.
         manual_dir: where the downloads lie.
         out: where data sets go, each as NAME/CONFIG/VERSION.
-        features: store the log-mel features beside the audio, in a config of its own.
         workers: processes that decode; None for one per core, 0 for this one alone.
-        seed, grouping, validation_fraction: of LibriSQA's validation split; see LibrisqaConfig.
+        chosen: of the config, as in `choose`.
 
     Raises:
         UserError: an unknown name, downloads that are missing or damaged, or no room for the result.
     """
-    kind, config = choose(
-        name, features=features, seed=seed, grouping=grouping, validation_fraction=validation_fraction
-    )
+    kind, config = choose(name, **chosen)
     manual_dir, final = Path(manual_dir), version_dir(out, kind, config)
     if (final / CARD).is_file() and not overwrite:
         return final
@@ -87,8 +82,8 @@ def build(
     return final
 
 
-def is_built(name: str, *, out: str | Path, **chosen) -> bool:
-    """Whether `build` has nothing to do; `chosen` are its arguments that `choose` takes, too."""
+def is_built(name: str, *, out: str | Path, **chosen: Any) -> bool:
+    """Whether `build` has nothing to do."""
     return (version_dir(out, *choose(name, **chosen)) / CARD).is_file()
 
 
@@ -100,7 +95,12 @@ def choose(
     grouping: str = "utterance",
     validation_fraction: float = librisqa.DEFAULT_FRACTION,
 ) -> tuple[type[SpeechBuilder], SpeechConfig]:
-    """Return the builder and the config that a name and its options stand for."""
+    """Return the builder and the config that a name and its options stand for.
+
+    Args:
+        features: store the log-mel features beside the audio, in a config of its own.
+        seed, grouping, validation_fraction: of LibriSQA's validation split; see LibrisqaConfig.
+    """
     if name not in names():
         raise UserError(f"there is no data set {name!r}; there are {', '.join(names())}.")
     kind, _, which = name.partition("/")

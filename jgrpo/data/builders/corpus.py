@@ -2,8 +2,9 @@
 """What both data sets share: rows of metadata meet clips, and every row becomes a record or a drop with a reason."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jgrpo.data.builders.checks import Checked, CheckLog, Workers, check_clip, progress
@@ -30,6 +31,10 @@ class Row:
     line: int
     speaker: str
     texts: dict[str, str]
+
+    def drop(self, reason: str, detail: str = "") -> "RowDrop":
+        """Return what is left of a row that cannot be used after all."""
+        return RowDrop(self.id, self.split, self.file, self.line, reason, detail)
 
 
 @dataclass(frozen=True)
@@ -69,21 +74,40 @@ class Metadata:
 
     Attributes:
         splits: those that are built, in order.
-        rows: usable rows by the stem of their clip's name.
-        drops: rows that are unusable by themselves.
-        counts: rows read, of each split.
         downloads: where the clips are.
         about: what was read, for jgrpo.json.
+        rows: usable rows by the stem of their clip's name, which is their id.
+        drops: rows that are unusable by themselves.
+        counts: rows read, of each split.
         side: a file among the clips that completes the rows.
     """
 
     splits: tuple[str, ...]
-    rows: dict[str, Row]
-    drops: list[RowDrop]
-    counts: dict[str, int]
     downloads: list[Download]
     about: dict[str, Any]
+    rows: dict[str, Row] = field(default_factory=dict)
+    drops: list[RowDrop] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
     side: Side | None = None
+
+    def __post_init__(self):
+        self.counts.update(dict.fromkeys(self.splits, 0))
+
+    def take(self, found: Row | RowDrop) -> None:
+        """Count what a line of a metadata file is, and keep it; of two rows of one id the first counts."""
+        self.counts[found.split] += 1
+        if isinstance(found, Row) and found.id in self.rows:
+            first = self.rows[found.id]
+            same = "the same texts" if found.texts == first.texts else "other texts"
+            found = found.drop("duplicate id", f"{same} as line {first.line}")
+        if isinstance(found, Row):
+            self.rows[found.id] = found
+        else:
+            self.drops.append(found)
+
+    def drop(self, name: str, reason: str, detail: str) -> None:
+        """Move a row to the drops."""
+        self.drops.append(self.rows.pop(name).drop(reason, detail))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +129,7 @@ class Contents:
 
     def reasons(self) -> dict[str, dict[str, int]]:
         """Count the drops of each split by reason."""
-        counts: dict[str, dict[str, int]] = {}
-        for split, drops in self.drops.items():
-            counts[split] = {}
-            for drop in drops:
-                counts[split][drop.reason] = counts[split].get(drop.reason, 0) + 1
-        return counts
+        return {split: dict(Counter(drop.reason for drop in drops)) for split, drops in self.drops.items()}
 
 
 def plan(metadata: Metadata, *, workers: Workers, log: CheckLog) -> Contents:
@@ -134,19 +153,19 @@ def plan(metadata: Metadata, *, workers: Workers, log: CheckLog) -> Contents:
     for clip, row in metadata.rows.items():
         checked = clips.found.get(clip)
         if checked is None:
-            drops[row.split].append(_drop(row, "missing clip"))
+            drops[row.split].append(row.drop("missing clip"))
         elif checked.reason:
-            drops[row.split].append(_drop(row, checked.reason, checked.detail))
+            drops[row.split].append(row.drop(checked.reason, checked.detail))
     for clip, download in clips.places.items():
         row, checked = metadata.rows.get(clip), clips.found[clip]
         if row is not None and not checked.reason:
             records[row.split].append(Record(row, checked, download))
     for split in {*metadata.counts, *drops}:
-        read, kept, dropped = metadata.counts.get(split, 0), len(records.get(split, ())), len(drops.get(split, ()))
+        read, kept, dropped = metadata.counts[split], len(records.get(split, ())), len(drops.get(split, ()))
         assert read == kept + dropped, f"{split}: {read} rows were read, {kept} kept and {dropped} dropped"
     for split in drops:
         drops[split].sort(key=lambda drop: (drop.line, drop.id))
-    counts = {"rows": metadata.counts, "clips_without_row": clips.unasked}
+    counts = {"rows": dict(metadata.counts), "clips_without_row": clips.unasked}
     made = Contents(records, drops, metadata.about | counts)
     _refuse_empty(made, metadata)
     return made
@@ -201,10 +220,6 @@ class _Clips:
             return False
         self._wanted.remove(clip)  # a second file of the same name is nobody's
         return True
-
-
-def _drop(row: Row, reason: str, detail: str = "") -> RowDrop:
-    return RowDrop(row.id, row.split, row.file, row.line, reason, detail)
 
 
 def _refuse_empty(made: Contents, metadata: Metadata) -> None:

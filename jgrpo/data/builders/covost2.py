@@ -105,19 +105,13 @@ class Covost2(SpeechBuilder):
     def read(self, manual_dir: Path) -> Metadata:
         language, pair = self.builder_config.source, f"{self.builder_config.source}_{self.builder_config.target}"
         table, clips = find(manual_dir, language, pair)
-        rows, drops, counts = {}, [], {"train": 0, "validation": 0, "test": 0}
-        for line, cells in read_table(_open_table(table), str(table), ("path", "translation", "split")):
-            row = _row(line, cells, rows)
-            counts[row.split] = counts.get(row.split, 0) + 1
-            if isinstance(row, RowDrop):
-                drops.append(row)
-            else:
-                rows[row.id] = row
         about = {
             "metadata": [str(table.relative_to(manual_dir))],
             "audio": [str(clips.path.relative_to(manual_dir))],
         }
-        metadata = Metadata(("train", "validation", "test"), rows, drops, counts, [clips], about)
+        metadata = Metadata(("train", "validation", "test"), [clips], about)
+        for line, cells in read_table(_open_table(table), str(table), ("path", "translation", "split")):
+            metadata.take(_row(line, cells))
         metadata.side = Side(SIDE_FILE, lambda name: is_side_file(name, language), lambda data: _join(metadata, data))
         return metadata
 
@@ -183,7 +177,7 @@ def _open_table(path: Path) -> Iterator[str]:
     return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline="")
 
 
-def _row(line: int, cells: dict[str, str] | None, rows: dict[str, Row]) -> Row | RowDrop:
+def _row(line: int, cells: dict[str, str] | None) -> Row | RowDrop:
     """Return a line of the table as a row that lacks its sentence, or why it is none."""
     if cells is None:
         return RowDrop("", UNKNOWN, "", line, "bad row", "too few or too many cells")
@@ -196,10 +190,6 @@ def _row(line: int, cells: dict[str, str] | None, rows: dict[str, Row]) -> Row |
         return RowDrop(name, split, file, line, "empty text", "translation")
     if UNTRANSLATED in translation:
         return RowDrop(name, split, file, line, "REMOVE", translation)
-    if name in rows:
-        first = rows[name]
-        same = "the same translation" if first.texts["translation"] == translation else "another translation"
-        return RowDrop(name, split, file, line, "duplicate id", f"{same} as line {first.line}")
     return Row(name, split, file, line, speaker="", texts={"translation": translation})
 
 
@@ -221,9 +211,7 @@ def _join(metadata: Metadata, data: bytes) -> None:
         texts = {"sentence": cells["sentence"], **row.texts}
         metadata.rows[clip] = dataclasses.replace(row, speaker=cells["client_id"], texts=texts)
     for clip in [clip for clip in metadata.rows if clip not in joined]:
-        row = metadata.rows.pop(clip)
-        metadata.drops.append(RowDrop(row.id, row.split, row.file, row.line, "no transcript", f"not in {SIDE_FILE}"))
+        metadata.drop(clip, "no transcript", f"not in {SIDE_FILE}")
     for clip in [clip for clip, row in metadata.rows.items() if not row.texts["sentence"].strip()]:
-        row = metadata.rows.pop(clip)
-        metadata.drops.append(RowDrop(row.id, row.split, row.file, row.line, "empty text", "sentence"))
+        metadata.drop(clip, "empty text", "sentence")
     metadata.about |= {"validated_bad_rows": bad, "validated_repeated_rows": repeated}

@@ -122,17 +122,17 @@ class Librisqa(SpeechBuilder):
     def read(self, manual_dir: Path) -> Metadata:
         config = self.builder_config
         files, downloads = find(manual_dir, config.part)
-        rows, drops, counts, silent = {}, [], {"train": 0, "test": 0}, 0
+        about = {
+            "metadata": [str(path.relative_to(manual_dir)) for path in files.values()],
+            "audio": [str(download.path.relative_to(manual_dir)) for download in downloads],
+            "validation": {"grouping": config.grouping, "fraction": config.fraction, "seed": config.seed},
+        }
+        metadata = Metadata(tuple(files), downloads, about)
         for split, path in files.items():
-            entries = _read_array(path, TEXTS[config.part])
-            counts[split] = len(entries)
-            for line, entry in enumerate(entries, start=1):
-                row = _row(entry, split, line, TEXTS[config.part], rows)
-                if isinstance(row, RowDrop):
-                    drops.append(row)
-                else:
-                    rows[row.id] = row
-                    silent += not row.texts[TRANSCRIPT]
+            for line, entry in enumerate(_read_array(path, TEXTS[config.part]), start=1):
+                metadata.take(_row(entry, split, line, TEXTS[config.part]))
+        rows = metadata.rows
+        about["rows_without_transcript"] = sum(not row.texts[TRANSCRIPT] for row in rows.values())
         held_out = draw_validation(
             {row.id: row.speaker for row in rows.values() if row.split == "train"},
             grouping=config.grouping,
@@ -141,16 +141,11 @@ class Librisqa(SpeechBuilder):
         )
         for name in held_out:
             rows[name] = dataclasses.replace(rows[name], split="validation")
-        counts["validation"] = len(held_out)
-        counts["train"] -= len(held_out)
-        about = {
-            "metadata": [str(path.relative_to(manual_dir)) for path in files.values()],
-            "audio": [str(download.path.relative_to(manual_dir)) for download in downloads],
-            "validation": {"grouping": config.grouping, "fraction": config.fraction, "seed": config.seed},
-            "rows_without_transcript": silent,
-        }
-        splits = ("train", "validation", "test") if held_out else ("train", "test")
-        return Metadata(splits, rows, drops, counts, downloads, about)
+        metadata.counts["validation"] = len(held_out)
+        metadata.counts["train"] -= len(held_out)
+        if held_out:
+            metadata.splits = ("train", "validation", "test")
+        return metadata
 
 
 def find(manual_dir: Path, part: str) -> tuple[dict[str, Path], list[Download]]:
@@ -216,7 +211,7 @@ def _read_array(path: Path, columns: dict[str, str]) -> list[Any]:
     return entries
 
 
-def _row(entry: Any, split: str, line: int, columns: dict[str, str], rows: dict[str, Row]) -> Row | RowDrop:
+def _row(entry: Any, split: str, line: int, columns: dict[str, str]) -> Row | RowDrop:
     """Return an entry of the array as a row, or why it is none."""
     if not isinstance(entry, dict) or not isinstance(entry.get("speech_path"), str):
         return RowDrop("", split, "", line, "bad row", "an object with the text speech_path is needed")
@@ -231,10 +226,6 @@ def _row(entry: Any, split: str, line: int, columns: dict[str, str], rows: dict[
     texts, empty = texts_of(entry, columns)
     if empty:
         return RowDrop(name, split, file, line, "empty text", empty)
-    if name in rows:
-        first = rows[name]
-        same = "the same texts" if texts.items() <= first.texts.items() else "other texts"
-        return RowDrop(name, split, file, line, "duplicate id", f"{same} as entry {first.line}")
     transcript = entry.get(TRANSCRIPT)
     return Row(
         id=name,
