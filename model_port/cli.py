@@ -84,7 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--prompt", metavar="TEXT", required=True, help="user message, with <|audio|> where a clip is heard"
     )
-    command.add_argument("--system", metavar="TEXT", help="system message (default: none)")
+    command.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system message (default: the one of the model's template, if it has one; '' for none)",
+    )
     command.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers (default: %(default)s)")
     command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
     command.add_argument("--top-p", type=float, default=1.0, metavar="X", help="the most probable tokens of this mass")

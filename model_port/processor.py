@@ -2,13 +2,15 @@
 """Prompts and audio to a Batch, tokens back to text: chat template, `<|audio|>` expansion, padding.
 
 Source: transformers GraniteSpeechProcessor, whose token ids these are. What differs: features are computed clip by
-clip, prompts are left-aligned, and no system prompt appears that nobody asked for.
+clip, prompts are left-aligned, and the day on which a prompt is made is always PROMPT_DATE.
 """
 
+import datetime
 import functools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,15 @@ from model_port.errors import UserError
 from model_port.paths import as_path, small_files_at_hand
 
 AUDIO_MARKER = "<|audio|>"
+# The system turn of Granite 3.3's template holds the day's date. Here it is that of the model card's system prompt, so
+# that a prompt is the same tomorrow, in every process and in a run that goes on.
+PROMPT_DATE = datetime.date(2025, 4, 9)
+# transformers gives templates today's date by a function of this name, and takes none in its place.
+DATE_MACRO = (
+    "{%- macro strftime_now(format) %}"
+    "{{ prompt_dates[format] if format in prompt_dates else raise_exception('it asks for the date in another form') }}"
+    "{%- endmacro %}{{ '' }}"
+)
 PLACEHOLDER = "a system message to be cut out"
 # What the files of a model directory may say about features, under the names that transformers uses.
 FRONT_END_SETTINGS = {
@@ -53,13 +64,16 @@ class Processor:
             UserError: no chat template, or a tokenizer that is not this model's.
         """
         self._tokenizer = tokenizer
-        self._template = template or tokenizer.chat_template
+        template = template or tokenizer.chat_template
         self._projector = config.projector
-        if not self._template:
+        if not template:
             raise UserError(
                 "the tokenizer has no chat template: put chat_template.jinja into the model directory, or pass "
                 "template=\"{{ messages[-1]['content'] }}\" to use messages as they are."
             )
+        forms = [form for _, form in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", template)]
+        self._dates = {form: PROMPT_DATE.strftime(form) for form in forms}
+        self._template = DATE_MACRO + template if "strftime_now" in template else template
         self.audio_id = tokenizer.convert_tokens_to_ids(AUDIO_MARKER)
         if self.audio_id != config.audio_token_id:
             raise UserError(
@@ -114,7 +128,8 @@ class Processor:
             audio: 1-D floating-point waveforms at 16 kHz, or paths of audio files. The k-th clip belongs to the k-th
                 `<|audio|>` marker, counted through the prompts in order.
             prompts: user messages; the chat template goes around them here.
-            system: system message of all prompts; without it there is none, whatever the template's default.
+            system: system message of all prompts. None leaves it to the template, which may have one of its own, and
+                "" leaves the system turn out.
             audio_frames, prompt_tokens: A and L to pad to; default the longest in the batch.
 
         Raises:
@@ -240,35 +255,43 @@ class Processor:
     def _wrap(self, prompt: str, system: str | None) -> str:
         """Put the chat template around a user message, up to where the assistant speaks."""
         user = {"role": "user", "content": prompt}
-        if system is not None:
-            text = self._render([{"role": "system", "content": system}, user])
-            if system not in text:
-                raise UserError("this model's chat template has no place for a system message; leave it out.")
-            return text
-        if self._default_system is None:
+        if system is None:
             return self._render([user])
-        # The Granite 3 template invents a system turn, with the date of today, for a conversation that has none.
-        # So it is given one, and that is cut off.
-        return self._render([self._default_system[0], user]).removeprefix(self._default_system[1])
+        if system == "":
+            if self._default_system is None:
+                return self._render([user])
+            message, turn = self._default_system
+            return self._render([message, user]).removeprefix(turn)
+        text = self._render([{"role": "system", "content": system}, user])
+        if system.strip() not in text:
+            raise UserError("this model's chat template has no place for a system message; leave it out.")
+        return text
 
     @functools.cached_property
     def _default_system(self) -> tuple[dict[str, str], str] | None:
-        """A system message and the text it becomes in front of a conversation; None if the template takes none."""
-        message = {"role": "system", "content": PLACEHOLDER}
-        user = {"role": "user", "content": "a user message"}
+        """A system message and the turn it becomes, where the template makes one for a conversation that has none.
+
+        Such a template is given this message instead, whose turn can be cut off; others say nothing by themselves.
+        """
+        system, user = {"role": "system", "content": PLACEHOLDER}, {"role": "user", "content": "a user message"}
+        alone = self._render([user])
         try:
-            whole = self._render([message, user])
+            whole = self._render([system, user])
         except UserError:
             return None
-        if PLACEHOLDER not in whole:
+        if PLACEHOLDER not in whole or _is_inserted(alone, whole):
             return None
-        head = self._render([message], add_generation_prompt=False)
-        if not whole.startswith(head) or PLACEHOLDER not in head:
+        # It ends where the user's begins, and as the user's ends: what a template makes of a system message alone
+        # would tell as well, but it may refuse a conversation without a user.
+        ended = self._render([system, user], add_generation_prompt=False)
+        head, _, rest = ended.partition(PLACEHOLDER)
+        end = ended.partition(user["content"])[2]
+        if not end or not rest.startswith(end) or user["content"] in head:
             raise UserError(
                 "this chat template does not put the system message in a turn of its own at the start, so a prompt "
-                "without one cannot be made; pass another template."
+                'without one (system="") cannot be made; pass a system message or another template.'
             )
-        return message, head
+        return system, head + PLACEHOLDER + end
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
         try:
@@ -277,6 +300,7 @@ class Processor:
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                prompt_dates=self._dates,
             )
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
@@ -294,6 +318,13 @@ class Processor:
     def _decode(self, tokens: np.ndarray) -> str:
         ids = [token for token in tokens.tolist() if token not in self.eos_ids]
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _is_inserted(text: str, longer: str) -> bool:
+    """Whether `longer` is `text` with something put in at one place."""
+    before = len(os.path.commonprefix([text, longer]))
+    after = len(os.path.commonprefix([text[::-1], longer[::-1]]))
+    return before + after >= len(text)
 
 
 def _features(clip, index: int) -> Float[np.ndarray, "A M"]:

@@ -3,8 +3,10 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
+import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 OPTIMISED = bool(os.environ.get("OPTIMISED"))  # with it, compiled_quickly leaves the compiler as users have it
@@ -27,6 +29,12 @@ def _optimisations(*, disabled: bool) -> Iterator[None]:
     jax.config.update(name, disabled)
     yield
     jax.config.update(name, before)
+
+
+def shared_by_workers(factory: pytest.TempPathFactory) -> Path:
+    """Return the temporary directory of the session, one for all processes that pytest-xdist starts."""
+    base = factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
 
 @contextlib.contextmanager

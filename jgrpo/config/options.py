@@ -90,7 +90,7 @@ class DataOptions:
     max_unreadable: int = 10
     """Training examples that a process may find unreadable and replace by others before the run stops."""
     system: str | None = None
-    """System message of all prompts; none by default, whatever the chat template would invent."""
+    """System message of all prompts; by default the chat template's own, if it has one, and "" leaves it out."""
     cache_features: bool = False
     """Keep the features of every clip in host memory after the first epoch."""
     cache_encoder: bool = False

@@ -13,7 +13,7 @@ from jgrpo.core.tree import sort_rows
 from model_port import Processor, load_model
 from model_port.errors import UserError
 from model_port.params import split_model
-from tests.compiling import compiled_once
+from tests.compiling import compiled_once, shared_by_workers
 
 SIZE = workload.Size(model="tiny", prompts=2, samples=2, seconds=1.0, new_tokens=4, text_tokens=4)
 WORDS = "--model tiny --prompts 2 --samples 2 --seconds 1 --new-tokens 4 --text-tokens 4 --rounds 1".split()
@@ -22,7 +22,7 @@ WORDS = "--model tiny --prompts 2 --samples 2 --seconds 1 --new-tokens 4 --text-
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(tmp_path_factory):
     """Programs are the same from test to test, and here nobody waits for fast ones."""
-    with compiled_once(tmp_path_factory.mktemp("compiled")):
+    with compiled_once(shared_by_workers(tmp_path_factory) / "compiled"):
         yield
 
 
@@ -176,6 +176,7 @@ def test_scale(tmp_path):
         assert row["exponent"] == pytest.approx(np.log2(row["x1"] / row["x0.5"]))
 
 
+@pytest.mark.slow
 def test_more_prompts_are_also_updated_in_micro_batches(tmp_path):
     words = "--only prompts --factors 1 2 --programs update --device-counts".split()
     rows = run(scale, tmp_path, *words)["rows"]

@@ -44,7 +44,11 @@ def used(data):
             {7: "the reference has 8 tokens with its end token; completions hold 7"},
             "reference above the 7 tokens of a completion",
         ),
-        ({"unfit": "drop", "max_prompt_tokens": 38}, {4: "the prompt has"}, "prompt above 38 text tokens"),
+        (
+            {"unfit": "drop", "max_prompt_tokens": 38, "system": ""},
+            {4: "the prompt has"},
+            "prompt above 38 text tokens",
+        ),
     ],
 )
 def test_what_is_dropped_is_named_and_counted(make_data, rows, tmp_path, options, dropped, reason):

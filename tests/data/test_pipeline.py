@@ -158,21 +158,21 @@ def test_shapes_are_those_that_occur(make_data, rows):
 def test_prompt_padding_is_audio_plus_text(make_data, processor, monkeypatch):
     """25 frames are two windows, six embeddings; the text is padded to a multiple of TEXT_STEP or to its limit."""
     monkeypatch.setattr("jgrpo.data.pipeline.TEXT_STEP", 32)
-    (text,) = processor.encode_prompts(["<|audio|> translate."])
+    (text,) = processor.encode_prompts(["<|audio|> translate."], system="")
     count = len(text) - 1
     assert count < 32
-    assert make_data().shapes()[0] == (25, 6 + 32)
-    assert make_data(max_prompt_tokens=count).shapes()[0] == (25, 6 + count)
+    assert make_data(system="").shapes()[0] == (25, 6 + 32)
+    assert make_data(system="", max_prompt_tokens=count).shapes()[0] == (25, 6 + count)
     with pytest.raises(
         UserError, match=rf"line 1: the prompt has {count} text tokens; max_prompt_tokens is {count - 1}"
     ):
-        make_data(max_prompt_tokens=count - 1)
+        make_data(system="", max_prompt_tokens=count - 1)
 
 
 def test_prompts_with_several_clips(make_data, rows, monkeypatch):
     monkeypatch.setattr("jgrpo.data.pipeline.TEXT_STEP", 32)
     rows[1] = {"audio": ["0.wav", "3.wav"], "prompt": "<|audio|> or <|audio|>?", "reference": "first"}
-    data = make_data(rows[:3], prompts_per_step=3)
+    data = make_data(rows[:3], prompts_per_step=3, system="")
     assert data.shapes() == [(25, 2 * 6 + 32), (50, 2 * 12 + 32)]
     (batch,) = data.epoch()
     np.testing.assert_array_equal(batch.batch.lengths, [[15, 0], [15, 30], [25, 0]])

@@ -22,7 +22,7 @@ from jgrpo import cli
 from jgrpo.runtime.metrics import MetricsWriter
 from model_port.config import GraniteSpeechConfig
 from model_port.paths import as_path
-from tests.compiling import compiled_once
+from tests.compiling import compiled_once, shared_by_workers
 from tests.fake_gcs import Store, serve
 from tests.hf_tiny import make_hf_model, save_hf_dir
 
@@ -105,7 +105,7 @@ class Workplace:
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let all runs of the session, those in other processes too, share their compiled programs."""
-    with compiled_once(tmp_path_factory.mktemp("compiled")):
+    with compiled_once(shared_by_workers(tmp_path_factory) / "compiled"):
         yield
 
 

@@ -83,6 +83,7 @@ def test_grpo_killed_twice_is_the_same_run(work, grpo_run, capsys):
 
 
 # The failed read leaves coroutines of Orbax behind, which are collected here and not in a later test.
+@pytest.mark.slow
 def test_sft_killed_terminated_and_damaged_is_the_same_run(work, sft_run, caplog, capsys):
     """SIGKILL as soon as step 8 is logged, then SIGTERM, which saves, then a flipped bit in the newest checkpoint."""
     run = work.root / "sft_killed"
@@ -223,6 +224,7 @@ def test_a_config_that_was_mended_may_start_again(work):
     assert cli.main(["sft", str(work.sft), "--run-dir", str(run), "--num-steps", "1", "--seed", "9"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_goes_on_without_it(work, sft_run, capsys):
     """Two steps on 2 x 2 x 2 devices and two on one are, to rounding, four on one."""
     run = work.root / "on_a_mesh"

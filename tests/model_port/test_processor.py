@@ -1,3 +1,4 @@
+import datetime
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.features import log_mel
 from model_port.processor import Processor, _auto_tokenizer
-from tests.model_port.toy_tokenizer import END, GRANITE4, make_model_dir
+from tests.model_port.toy_tokenizer import END, GRANITE3, GRANITE4, make_model_dir
 
 PROMPT = "<|audio|>can you transcribe the speech into a written format?"
 
@@ -46,37 +47,61 @@ def text_of(processor, row) -> str:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("system", [None, "You are Granite."])
-def test_token_ids_equal_transformers(model_dir, processor, system):
+@pytest.mark.parametrize("system", [None, "", "You are Granite."])
+@pytest.mark.parametrize("template", [GRANITE3, GRANITE4], ids=["3.3", "4.x"])
+def test_token_ids_equal_transformers(model_dir, template, system):
     from transformers import GraniteSpeechFeatureExtractor, GraniteSpeechProcessor
 
     tokenizer = hf_tokenizer(model_dir)
     reference = GraniteSpeechProcessor(GraniteSpeechFeatureExtractor(), tokenizer)
     waves = [noise(16000), noise(4321), noise(40000)]
     users = [PROMPT, "First <|audio|> then <|audio|>: which is louder?"]
-    roles = [{"role": "system", "content": system}] if system else []
+    if system and template == GRANITE4:
+        template = "{%- for message in messages %}{{- message['role'] + ': ' + message['content'] }}{% endfor %}"
     texts = [
         tokenizer.apply_chat_template(
-            [*roles, {"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
+            [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": user}],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
         )
         for user in users
     ]
-    if system is None:  # the template's own system turn goes
-        texts = [text[text.index("\n") + 1 :] for text in texts]
+    today = datetime.date.today().strftime("%B %d, %Y")
+    texts = [text.replace(today, "April 09, 2025") for text in texts]
+    if system == "" and template == GRANITE3:  # the template's own system turn goes
+        texts = [text[text.index("<|end_of_text|>\n") + len("<|end_of_text|>\n") :] for text in texts]
     expected = reference(texts, waves, return_tensors="np")
 
-    batch = processor(audio=waves, prompts=users, system=system)
+    batch = Processor.from_pretrained(model_dir, template=template)(audio=waves, prompts=users, system=system)
     for p in range(2):
         keep = expected["attention_mask"][p].astype(bool)
         np.testing.assert_array_equal(batch.tokens[p][batch.mask[p]], expected["input_ids"][p][keep])
 
 
-def test_no_system_turn_unless_one_is_given(processor):
-    (plain,) = processor.encode_prompts(["hello"])
-    expected = "<|start_of_role|>user<|end_of_role|>hello<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
-    assert text_of(processor, plain) == expected
-    (given,) = processor.encode_prompts(["hello"], system="Be brief.")
-    assert text_of(processor, given) == "<|start_of_role|>system<|end_of_role|>Be brief.<|end_of_text|>\n" + expected
+USER_TURN = "<|start_of_role|>user<|end_of_role|>hello<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
+
+
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [
+        (
+            None,
+            "Knowledge Cutoff Date: April 2024.\nToday's Date: April 09, 2025.\n"
+            "You are Granite, developed by IBM. You are a helpful AI assistant.",
+        ),
+        ("Be brief.", "Be brief."),
+        ("", None),
+    ],
+    ids=["the template's", "given", "none"],
+)
+@pytest.mark.parametrize("needs_user", [False, True])
+def test_the_system_turn(model_dir, system, expected, needs_user):
+    check = "{%- if messages[-1]['role'] != 'user' %}{{ raise_exception('a user speaks last') }}{% endif %}"
+    template = check + GRANITE3 if needs_user else GRANITE3
+    turn = "" if expected is None else f"<|start_of_role|>system<|end_of_role|>{expected}<|end_of_text|>\n"
+    processor = Processor.from_pretrained(model_dir, template=template)
+    assert text_of(processor, processor.encode_prompts(["hello"], system=system)[0]) == turn + USER_TURN
 
 
 def test_nothing_is_added_to_the_template(model_dir):
@@ -91,8 +116,9 @@ def test_nothing_is_added_to_the_template(model_dir):
 
 
 def test_a_template_without_system_turn(granite4):
-    (row,) = granite4.encode_prompts(["hello"])
-    assert text_of(granite4, row) == "USER: hello\n ASSISTANT:"
+    for system in (None, ""):
+        (row,) = granite4.encode_prompts(["hello"], system=system)
+        assert text_of(granite4, row) == "USER: hello\n ASSISTANT:"
     whole = "{%- for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="no place for a system message"):
         Processor(granite4._tokenizer, _config(granite4), template=whole).encode_prompts(["hello"], system="Be brief.")
@@ -106,10 +132,15 @@ def test_a_template_that_refuses_system_messages(granite4):
         refusing.encode_prompts(["hello"], system="Be brief.")
 
 
-def test_a_template_with_the_system_message_at_the_end_is_refused(granite4):
-    backwards = "{%- for m in messages[::-1] %}{{ m['content'] }}{% endfor %}"
+def test_a_default_that_cannot_be_left_out(granite4):
+    within = (
+        "{%- if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}Be brief.{% endif %}"
+        " USER: {{ messages[-1]['content'] }}"
+    )
+    processor = Processor(granite4._tokenizer, _config(granite4), template=within)
+    assert text_of(processor, processor.encode_prompts(["hello"])[0]) == "Be brief. USER: hello"
     with pytest.raises(UserError, match="turn of its own"):
-        Processor(granite4._tokenizer, _config(granite4), template=backwards)
+        processor.encode_prompts(["hello"], system="")
 
 
 def _config(processor):
@@ -140,15 +171,15 @@ def test_audio_tokens_slots_and_padding(processor):
 
 def test_the_mask_does_not_come_from_pad_ids(processor):
     """The end token inside the template is the pad token of this model, and counts."""
-    batch = processor(audio=[noise(4800)], prompts=["<|audio|>"], prompt_tokens=64)
+    batch = processor(audio=[noise(4800)], prompts=["<|audio|>"], system="", prompt_tokens=64)
     assert processor.pad_id == processor.eos_ids[0]
     assert ((batch.tokens == processor.pad_id) & batch.mask).sum() == 1
 
 
 def test_padding_to_a_bucket_changes_no_row(processor):
     waves = [noise(4800), noise(16000, 1)]
-    small = processor(audio=waves[:1], prompts=[PROMPT])
-    large = processor(audio=waves, prompts=[PROMPT, PROMPT], audio_frames=75, prompt_tokens=100)
+    small = processor(audio=waves[:1], prompts=[PROMPT], system="")
+    large = processor(audio=waves, prompts=[PROMPT, PROMPT], system="", audio_frames=75, prompt_tokens=100)
     assert large.features.shape == (2, 1, 75, 160)
     assert large.tokens.shape == (2, 100)
     np.testing.assert_array_equal(large.features[0, 0, :15], small.features[0, 0])

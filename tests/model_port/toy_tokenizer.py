@@ -11,10 +11,12 @@ from model_port.config import GraniteSpeechConfig
 
 END, START_ROLE, END_ROLE, AUDIO = "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|audio|>"
 
-# Like the Granite 3 template: without a system message it makes one that contains today's date.
+# As Granite 3.3's template reads: without a system message it makes one that contains today's date.
 GRANITE3 = (
     "{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
-    "{%- else %}{% set system = \"Today's Date: \" + strftime_now('%B %d, %Y') %}{% set rest = messages %}{% endif %}"
+    "{%- else %}{% set system = 'Knowledge Cutoff Date: April 2024.\n"
+    "Today\\'s Date: ' + strftime_now('%B %d, %Y') + '.\n"
+    "You are Granite, developed by IBM. You are a helpful AI assistant.' %}{% set rest = messages %}{% endif %}"
     "{{- '<|start_of_role|>system<|end_of_role|>' + system + '<|end_of_text|>\n' }}"
     "{%- for message in rest %}"
     "{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\n' }}"
