@@ -36,7 +36,7 @@ from model_port.config import LoraConfig
 from model_port.errors import UserError
 from model_port.lora import add_lora
 from model_port.params import ModelDef, Params, select, split_model
-from model_port.partition import make_mesh, param_shardings
+from model_port.partition import make_mesh, param_shardings, undivided, vocab_multiple
 from model_port.paths import as_path
 from model_port.processor import Processor
 from model_port.weights.config_files import read_config
@@ -127,7 +127,7 @@ def check_model(run: RunConfig, processor: Processor, mesh: Mesh) -> None:
     """
     options = run.model
     directory_kind(options.path)
-    config = read_config(options.path, adapter=options.lora == "keep")
+    config = read_config(options.path, adapter=options.lora == "keep").padded(vocab_multiple(mesh))
     if processor.eos_ids[0] not in config.eos_token_ids:
         ends = ", ".join(map(str, config.eos_token_ids))
         raise UserError(
@@ -160,6 +160,11 @@ def load_policy(config: RunConfig, processor: Processor) -> Policy:
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     room = {"memory": memory, "unrolled": decodes_unrolled(mesh, config.rollout_layers)}
     weights, note = choose_weights(config.rollout_weights, {**params, **trained}, definition, mesh, **room)
+    if whole := undivided(nnx.state(model), mesh):
+        note += (
+            f"\nmesh.fsdp {mesh.shape['fsdp']} does not divide {len(whole)} parameters, which are whole on each of its "
+            f"devices, {whole[0]} for one; a power of two divides them, and mesh.data splits prompts alone"
+        )
     return Policy(
         config=config,
         mesh=mesh,

@@ -60,7 +60,12 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Granite language model. Source: transformers GraniteConfig."""
+    """Granite language model. Source: transformers GraniteConfig.
+
+    Attributes:
+        vocab_padding: rows that embedding and head have in memory beyond the vocabulary, so that a mesh divides them:
+            never sampled, counted or written. Not part of config.json.
+    """
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -75,6 +80,7 @@ class DecoderConfig:
     attention_multiplier: float = 1.0
     logits_scaling: float = 1.0
     max_position_embeddings: int = 2048
+    vocab_padding: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -174,9 +180,11 @@ class GraniteSpeechConfig:
             "cross_attention_frequency": 1,
         }
         window_size, downsample_rate = projector.pop("window_size"), projector.pop("downsample_rate")
+        decoder = dataclasses.asdict(self.decoder)
+        del decoder["vocab_padding"]
         text = {
             "model_type": "granite",
-            **dataclasses.asdict(self.decoder),
+            **decoder,
             "attention_bias": False,
             "mlp_bias": False,
             "hidden_act": "silu",
@@ -199,6 +207,11 @@ class GraniteSpeechConfig:
             "text_config": text,
         }
         return config, _write_adapter(self.lora) if self.lora else None
+
+    def padded(self, multiple: int) -> "GraniteSpeechConfig":
+        """Return the config of the same model with embedding and head of a multiple of so many rows; 1 pads nothing."""
+        padding = -self.decoder.vocab_size % multiple
+        return dataclasses.replace(self, decoder=dataclasses.replace(self.decoder, vocab_padding=padding))
 
     @classmethod
     def tiny(cls, **changes) -> "GraniteSpeechConfig":

@@ -125,7 +125,8 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, *, rngs, dtype=jnp.float32):
         kw = {"rngs": rngs, "dtype": dtype}
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, axes=("vocab", "embed"), **kw)
+        rows = config.vocab_size + config.vocab_padding
+        self.embed_tokens = Embedding(rows, config.hidden_size, axes=("vocab", "embed"), **kw)
         self.layers = Layer(config, lora, stack=(config.num_hidden_layers,), **kw)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kw)
 

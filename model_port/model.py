@@ -32,7 +32,7 @@ class GraniteSpeech(nnx.Module):
         self.encoder = Encoder(config.encoder, rngs=rngs, dtype=dtype)
         self.projector = Projector(config.projector, config.decoder.hidden_size, rngs=rngs, dtype=dtype)
         self.decoder = Decoder(config.decoder, config.lora, rngs=rngs, dtype=dtype)
-        width, vocab = config.decoder.hidden_size, config.decoder.vocab_size
+        width, vocab = config.decoder.hidden_size, config.decoder.vocab_size + config.decoder.vocab_padding
         head = {"axes": ("embed", "vocab"), "bias": False, "rngs": rngs, "dtype": dtype}
         self.lm_head = None if config.tie_word_embeddings else Linear(width, vocab, **head)
 
@@ -82,15 +82,20 @@ class GraniteSpeech(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return float32 logits, divided by `logits_scaling`."""
+        return self._logits(hidden)[..., : self.config.decoder.vocab_size]
+
+    def _logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B v"]:
+        """Return the logits, and after them those of padding."""
         kernel = self.decoder.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
         out = product(hidden, kernel.astype(hidden.dtype), 0, jnp.float32)
         return out / self.config.decoder.logits_scaling
 
-    def policy_logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Return the logits a completion is sampled and scored with: `<|audio|>` can never be written."""
-        logits = self.logits(hidden)
+    def policy_logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B v"]:
+        """Return the logits a completion is sampled and scored with: `<|audio|>` and padding can never be written."""
+        logits = self._logits(hidden)
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        return jnp.where(ids == self.config.audio_token_id, MASKED, logits)
+        forbidden = (ids == self.config.audio_token_id) | (ids >= self.config.decoder.vocab_size)
+        return jnp.where(forbidden, MASKED, logits)
 
     def completion_hidden(
         self, batch: Batch, encoded: Float[Array, "P C A X"], trees: Trees, *, remat: str = "none"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model_port.errors import UserError
 
@@ -35,6 +35,9 @@ TRAINING = {
     "proj_heads": "tensor",
     "proj_mlp": "tensor",
 }
+
+# Rows of embedding and head, on every mesh and on none, so that samples do not depend on it; see vocab_multiple.
+VOCAB_MULTIPLE = 8
 
 GATHERED = {axis: mesh_axis for axis, mesh_axis in TRAINING.items() if mesh_axis != "fsdp"}
 ROLLOUT = {"gathered": GATHERED, "stationary": TRAINING}
@@ -80,19 +83,44 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def param_shardings(state: nnx.State, mesh: Mesh, table: dict[str, str] = TRAINING) -> dict[str, NamedSharding]:
+def vocab_multiple(mesh: Mesh | AbstractMesh) -> int:
+    """Return the multiple that a vocabulary is padded to: of 8, and of the tensor axis."""
+    return math.lcm(VOCAB_MULTIPLE, mesh.shape["tensor"])
+
+
+def param_shardings(
+    state: nnx.State, mesh: Mesh | AbstractMesh, table: dict[str, str] = TRAINING
+) -> dict[str, NamedSharding]:
     """Return {dotted path: sharding} for every variable of an (abstract) model state.
 
+    What fsdp does not divide is whole on each of its devices: that axis only says where memory is saved.
+
     Raises:
-        UserError: a dimension that its mesh axis does not divide, or two dimensions on one mesh axis.
+        UserError: a dimension that the tensor axis does not divide, or two dimensions on one mesh axis.
     """
     shardings = {}
     for path, variable in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
         spec = [table.get(axis) for axis in variable.get_metadata("axes")]
+        spec = [
+            None if axis == "fsdp" and size % mesh.shape[axis] else axis
+            for size, axis in zip(variable.shape, spec, strict=True)
+        ]
         _check_spec(name, variable.shape, spec, mesh)
         shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
     return shardings
+
+
+def undivided(state: nnx.State, mesh: Mesh) -> list[str]:
+    """Return the parameters that could be split over fsdp and are whole, as it does not divide them."""
+    shardings = param_shardings(state, mesh)
+    found = []
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        wanted = [TRAINING.get(axis) for axis in variable.get_metadata("axes")]
+        if mesh.shape["fsdp"] > 1 and "fsdp" in wanted and "fsdp" not in shardings[name].spec:
+            found.append(name)
+    return found
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -141,7 +169,7 @@ def check_divides(what: str, count: int, mesh: MeshConfig) -> None:
         )
 
 
-def _check_spec(name: str, shape: tuple[int, ...], spec: list[str | None], mesh: Mesh) -> None:
+def _check_spec(name: str, shape: tuple[int, ...], spec: list[str | None], mesh: Mesh | AbstractMesh) -> None:
     used = [axis for axis in spec if axis]
     if len(used) != len(set(used)):
         raise UserError(f"parameter {name} {shape}: two of its dimensions map to one mesh axis: {spec}")

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Key
 
 from model_port.errors import UserError
-from model_port.partition import constrain
+from model_port.partition import VOCAB_MULTIPLE, constrain
 
 Array = jax.Array | np.ndarray
 
@@ -133,6 +133,8 @@ def sample(
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return tokens, _taken(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)
     logits = truncate_logits(logits / temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    spare = -logits.shape[-1] % VOCAB_MULTIPLE
+    logits = jnp.pad(logits, [(0, 0), (0, 0), (0, spare)], constant_values=-jnp.inf) if spare else logits
     count = num_blocks(logits.shape[-1])
     blocks = logits.reshape(*logits.shape[:-1], count, -1)
     mass = constrain(jax.nn.logsumexp(blocks, axis=-1))  # on every device of the tensor axis

@@ -25,7 +25,7 @@ from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.features import SAMPLE_RATE, num_frames
 from model_port.params import ModelDef, select, split_model
-from model_port.partition import TRAINING, param_shardings
+from model_port.partition import TRAINING, param_shardings, vocab_multiple
 from model_port.published import PUBLISHED
 from model_port.weights.config_files import read_config
 from model_port.weights.tree import abstract_model
@@ -135,6 +135,7 @@ def run_arrays(config: RunConfig, model: GraniteSpeechConfig, mesh: Mesh) -> Arr
     Raises:
         UserError: a dimension that the mesh does not divide, or a pattern of model.trainable that matches nothing.
     """
+    model = model.padded(vocab_multiple(mesh))
     graph, definition, params = _model(model, config.model.dtype)
     shardings = param_shardings(graph, mesh)
     loaded = {name: laid_out(leaf, shardings[name]) for name, leaf in params.items()}

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from model_port.config import GraniteSpeechConfig
 from model_port.errors import UserError
 from model_port.model import GraniteSpeech
-from model_port.partition import param_shardings
+from model_port.partition import param_shardings, vocab_multiple
 from model_port.weights import hf_files, hf_writer, names, orbax_files, tree
 from model_port.weights.config_files import CONFIG, read_config
 from model_port.weights.lazy import Layer, LazyArray, cast, layers, load
@@ -43,7 +43,8 @@ def load_model(
         dtype: of all parameters and BatchNorm statistics, and of the computation: float32, bfloat16 or float16.
         lora: `keep` the adapter apart, `merge` it into the kernels (in float32, before the cast), or `none`: the
             base model without it.
-        mesh: if given, every array is placed on it as `partition.param_shardings` says.
+        mesh: if given, every array is placed on it as `partition.param_shardings` says, the vocabulary padded to a
+            multiple of what divides it.
 
     Raises:
         UserError: neither kind of directory, or one that is damaged or incomplete.
@@ -52,7 +53,11 @@ def load_model(
     shardings = None
     if mesh is not None and lora != "merge" and directory_kind(path) == "orbax":
         # Known before reading, so that no process reads more than its own shards.
-        shardings = _shardings(read_config(path, adapter=lora == "keep"), mesh)
+        config = read_config(path, adapter=lora == "keep")
+        padded = tree.shapes(config.padded(vocab_multiple(mesh)))
+        whole = {name for name, shape in tree.shapes(config).items() if shape != padded[name]}
+        found = _shardings(config.padded(vocab_multiple(mesh)), mesh)
+        shardings = {name: sharding for name, sharding in found.items() if name not in whole}
     config, arrays = open_model(path, lora=lora, dtype=dtype, shardings=shardings)
     return build_model(config, arrays, dtype=dtype, mesh=mesh)
 
@@ -61,9 +66,10 @@ def build_model(
     config: GraniteSpeechConfig, arrays: dict[str, Any], *, dtype: str = "float32", mesh: Mesh | None = None
 ) -> GraniteSpeech:
     """Make a model of {dotted path: array}, which is emptied on the way so that no array is held twice."""
+    config = config if mesh is None else config.padded(vocab_multiple(mesh))
     model = tree.abstract_model(config, jnp.dtype(dtype))
-    shardings = {} if mesh is None else _shardings(config, mesh)
-    tree.fill(model, lambda path: _place(load(arrays.pop(path)), shardings.get(path)))
+    shardings, shapes = {} if mesh is None else _shardings(config, mesh), tree.shapes(config)
+    tree.fill(model, lambda path: _place(_pad(load(arrays.pop(path)), shapes[path]), shardings.get(path)))
     return model
 
 
@@ -144,13 +150,15 @@ def save_model(
         base_lora: with which `lora` setting the base was loaded.
         only: the dotted paths to store, e.g. of the trained parameters; the others are left to `base`.
     """
-    arrays = model_arrays(model)
+    config = model.config.padded(1)
+    shapes = tree.shapes(config)
+    arrays = {name: _cut(array, shapes[name]) for name, array in model_arrays(model).items()}
     if only is not None:
         unknown = sorted(set(only) - set(arrays))
         if unknown or base is None:
             raise UserError(f"cannot store a part of the model: {f'no parameters {unknown}' if unknown else 'no base'}")
         arrays = {name: array for name, array in arrays.items() if name in set(only)}
-    orbax_files.write_orbax(path, model.config, arrays, source_dir=source_dir, base=base, base_lora=base_lora)
+    orbax_files.write_orbax(path, config, arrays, source_dir=source_dir, base=base, base_lora=base_lora)
 
 
 def convert(
@@ -253,6 +261,25 @@ def _cast(array: Any, dtype: str, name: str) -> Any:
     if dtype == "float16":
         cast(np.asarray(array), dtype, name)
     return array.astype(dtype)
+
+
+def _pad(array: Any, shape: tuple[int, ...]) -> Any:
+    """Return an array with zeros after it, up to a shape."""
+    if array.shape == shape:
+        return array
+    return np.pad(np.asarray(array), [(0, size - there) for there, size in zip(array.shape, shape, strict=True)])
+
+
+def _cut(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undo `_pad`; an axis that was cut is whole on every device."""
+    if array.shape == shape or not isinstance(array, jax.Array):
+        return array
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding):
+        axes = [*sharding.spec, *(None,) * (array.ndim - len(sharding.spec))]
+        kept = [axis if old == new else None for axis, old, new in zip(axes, array.shape, shape, strict=True)]
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept))
+    return jax.jit(lambda x: x[tuple(map(slice, shape))], out_shardings=sharding)(array)
 
 
 def _place(array: Any, sharding: Sharding | None) -> jax.Array:

@@ -13,7 +13,7 @@ from jgrpo.core.tree import holds, pack, smallest, sort_rows
 from jgrpo.programs.steps import Targets, grpo_objective, make_programs
 from jgrpo.rollout.scoring import step_keys
 from jgrpo.runtime.rows import place
-from model_port.params import select
+from model_port.params import select, split_model
 from model_port.partition import MeshConfig, make_mesh, param_shardings
 from model_port.weights.tree import abstract_model
 from tests.invariance.tiny import CONFIG, PROMPTS, G, T, make_batch, make_params
@@ -34,11 +34,13 @@ def keep_gradient():
 class Run:
     """A tiny policy on a mesh, with its programs and a batch; arrays given to a method replace those."""
 
-    def __init__(self, config=CONFIG, *, mesh=(1, 1, 1), trainable=TRAINABLE, optimiser=None, batch=None, **options):
+    def __init__(
+        self, config=CONFIG, *, mesh=(1, 1, 1), model=None, trainable=TRAINABLE, optimiser=None, batch=None, **options
+    ):
         self.config, self.mesh = config, make_mesh(MeshConfig(*mesh))
         self.batch = make_batch(config, PROMPTS) if batch is None else batch
-        self.definition, params = make_params(config)
-        shardings = param_shardings(nnx.state(abstract_model(config)), self.mesh)
+        self.definition, params = make_params(config) if model is None else split_model(model)
+        shardings = param_shardings(nnx.state(abstract_model(self.definition.skeleton().config)), self.mesh)
         params = {name: jax.device_put(value, shardings[name]) for name, value in params.items()}
         chosen = select(self.definition, trainable)
         self.trained = {name: params.pop(name) for name in chosen}
